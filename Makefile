@@ -1,0 +1,37 @@
+# make demo   serve and load for ten seconds, and show both results
+# make test   lint, types and all tests
+# make clean  forget the virtual environment
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DURATION ?= 10s
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/run.stamp
+	@BIN=$(BIN) DURATION=$(DURATION) sh ./demo.sh
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+# A stamp is newer than the requirements it was installed from: a second run installs nothing.
+$(VENV)/run.stamp: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

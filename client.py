@@ -1,0 +1,313 @@
+"""python client.py: the load generator's command; from client import CounterClient: the library.
+
+Importing this module patches nothing and needs only the standard library, xxhash and protocol.py;
+what the command needs is imported when it runs.
+
+The law of the library: no addition is ever sent twice. Once a frame may have reached the server,
+a failure is OutcomeUnknown, and the caller decides; before that it is ConnectError, and trying
+again is safe.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from protocol import (
+    MAX_UNREAD_FRAMES,
+    REPLY_SIZE,
+    CounterError,
+    decode_totals,
+    encode_frame,
+    format_address,
+    parse_address,
+)
+
+if TYPE_CHECKING:
+    from result import Result
+    from settings import ClientSettings
+
+__all__ = ["ConnectError", "CounterClient", "CounterError", "OutcomeUnknown"]
+
+EXIT_CANNOT_CONNECT: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_OUTCOME_UNKNOWN: Final = 5
+EXIT_INTERRUPTED: Final = 130
+
+# Frames that add_many keeps unanswered. A quarter of what the server allows: enough to hide the
+# round trip, and a failure leaves so many outcomes unknown at most.
+WINDOW_FRAMES: Final = MAX_UNREAD_FRAMES // 4
+
+
+class ConnectError(CounterError):
+    """No connection, so nothing was sent or counted: it is safe to try again."""
+
+
+class OutcomeUnknown(CounterError):
+    """The connection ended before every reply came.
+
+    `totals` are the replies that did come, in order. `amounts` were sent and not answered: each may
+    or may not have been counted, though none behind one that was not. A server that refuses an
+    amount as too large closes the connection in the same way. `unsent` were certainly not counted.
+    """
+
+    def __init__(
+        self, why: str, totals: Sequence[int], amounts: Sequence[int], unsent: Sequence[int]
+    ) -> None:
+        some = f"{len(amounts)} additions" if len(amounts) != 1 else f"the addition of {amounts[0]}"
+        super().__init__(
+            f"{why}; {some} may or may not have been counted (the server may also have refused one)"
+        )
+        self.totals = tuple(totals)
+        self.amounts = tuple(amounts)
+        self.unsent = tuple(unsent)
+
+
+class CounterClient:
+    """One connection to a counter server: made on first use, and again after it was lost.
+
+    `address` is `HOST:PORT`, `:PORT` or `[IPv6]:PORT`; `timeout` in seconds bounds connecting and
+    the wait for each reply. Threads and greenlets may share a client: they take turns. A forked
+    child connects anew. Works with gevent where the application is patched.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:8080", timeout: float = 10) -> None:
+        self.host, self.port = parse_address(address)
+        self.timeout = timeout
+        self._lock = threading.Lock()
+        self._sock: socket.socket | None = None
+        _clients.add(self)
+
+    def add(self, amount: int) -> int:
+        """Adds an amount of 0..2^64-1; gives back the total right after that addition.
+
+        AmountError for any other amount, ConnectError if there is no connection (nothing was
+        counted), OutcomeUnknown if the reply did not come.
+        """
+        return self.add_many((amount,))[0]
+
+    def add_many(self, amounts: Iterable[int]) -> list[int]:
+        """Adds each amount, pipelined; gives back the total right after each, in order.
+
+        Errors as with add(); OutcomeUnknown tells the answered, the unknown and the unsent apart.
+        A bad amount is found before anything is sent.
+        """
+        wanted = list(amounts)
+        frames = [encode_frame(amount) for amount in wanted]
+        if not frames:
+            return []
+        with self._lock:
+            sock = self._connected()
+            try:
+                return self._exchange(sock, wanted, frames)
+            except BaseException:
+                # Whatever the reason (a killed greenlet, Ctrl-C), replies that are still to come
+                # would be taken for those of the next call.
+                self._drop()
+                raise
+
+    def total(self) -> int:
+        """The total now; counts nothing. Errors as with add()."""
+        return self.add(0)
+
+    def close(self) -> None:
+        """Closes the connection; a later call makes a new one."""
+        with self._lock:
+            self._drop()
+
+    def __enter__(self) -> CounterClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _connected(self) -> socket.socket:
+        """A connection that was alive a moment ago."""
+        if self._sock is not None and self._ended(self._sock):
+            self._drop()
+        if self._sock is None:
+            try:
+                sock = socket.create_connection((self.host, self.port), self.timeout)
+            except OSError as error:
+                raise ConnectError(explain(error, self.host, self.port)) from error
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._sock = sock
+        return self._sock
+
+    def _ended(self, sock: socket.socket) -> bool:
+        """Whether the server closed the connection while it was idle: then nothing is in doubt."""
+        sock.settimeout(0)
+        try:
+            sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def _exchange(self, sock: socket.socket, amounts: list[int], frames: list[bytes]) -> list[int]:
+        totals: list[int] = []
+        rest = b""
+        sent = 0
+        why = "the server closed the connection"
+        try:
+            while len(totals) < len(frames):
+                room = min(len(frames), len(totals) + WINDOW_FRAMES) - sent
+                if room > 0:
+                    sock.settimeout(self.timeout)
+                    # From here on the outcome of these is unknown, whatever sendall says.
+                    sent += room
+                    sock.sendall(b"".join(frames[sent - room : sent]))
+                data = self._receive(sock, sent - len(totals), rest)
+                if not data:
+                    break
+                more, rest = decode_totals(rest + data)
+                totals += more
+            else:
+                return totals
+        except TimeoutError:
+            why = f"no reply within {self.timeout:g} s"
+        except OSError as error:
+            why = f"the connection was lost ({(error.strerror or str(error)).lower()})"
+        raise OutcomeUnknown(why, totals, amounts[len(totals) : sent], amounts[sent:])
+
+    def _receive(self, sock: socket.socket, expected: int, rest: bytes) -> bytes:
+        """Some bytes, and at least the end of the next reply; empty at the end of the stream."""
+        deadline = time.monotonic() + self.timeout
+        data = b""
+        while len(rest) + len(data) < REPLY_SIZE:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            more = sock.recv(expected * REPLY_SIZE - len(rest) - len(data))
+            if not more:
+                return b""
+            data += more
+        return data
+
+    def _drop(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def _after_fork(self) -> None:
+        """Closes the child's own descriptor; the parent's connection does not notice."""
+        self._lock = threading.Lock()
+        self._drop()
+
+
+_clients: weakref.WeakSet[CounterClient] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for client in list(_clients):
+        client._after_fork()
+
+
+# In the child before any of its threads runs: two threads cannot both find a connection to renew.
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def explain(error: OSError, host: str, port: int) -> str:
+    """What a failure to connect means, with the address and what to do."""
+    where = format_address(host, port)
+    if isinstance(error, socket.gaierror):
+        return f"cannot connect to {where}: unknown host; check the address"
+    if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
+        return f"cannot connect to {where}: no answer in time; check the address and firewalls"
+    reason = (error.strerror or str(error)).lower()
+    remedy = {
+        errno.ECONNREFUSED: f"; start a server there: python server.py --port {port}",
+        errno.EMFILE: "; raise the descriptor limit (ulimit -n)",
+    }.get(error.errno or 0, "; check the address")
+    return f"cannot connect to {where}: {reason}{remedy}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; gives back its exit code."""
+    from log import configure_log
+    from settings import ClientSettings, read_settings
+
+    settings = read_settings(
+        ClientSettings, "client.py", "Load a counter server, or ask it once.", arguments
+    )
+    configure_log(settings.log_level, settings.log_format)
+    if settings.read and settings.add is not None:
+        return _fail("--add and --read exclude each other; give one of them", EXIT_USAGE)
+    try:
+        if settings.read or settings.add is not None:
+            return _ask_once(settings, settings.add or 0)
+        return _load(settings)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+
+
+def _ask_once(settings: ClientSettings, amount: int) -> int:
+    try:
+        with CounterClient(str(settings.server_address), settings.timeout_s) as counter:
+            print(counter.add(amount))
+    except ConnectError as error:
+        return _fail(str(error), EXIT_CANNOT_CONNECT)
+    except OutcomeUnknown as error:
+        return _fail(str(error), EXIT_OUTCOME_UNKNOWN)
+    return 0
+
+
+def _load(settings: ClientSettings) -> int:
+    import report
+    from machine import available_cpus, raise_descriptor_limit
+    from run import run_load
+
+    if settings.json and settings.json != "-":
+        try:
+            open(settings.json, "a").close()
+        except OSError as error:
+            return _fail(
+                f"--json {settings.json}: {error.strerror}; choose another file", EXIT_USAGE
+            )
+    raise_descriptor_limit()
+    show = sys.stderr.isatty()
+
+    def progress(elapsed_s: float, so_far: Result) -> None:
+        if show:
+            sys.stderr.write(f"\r\x1b[K{report.progress_line(elapsed_s, so_far, settings)}")
+            sys.stderr.flush()
+
+    address = settings.server_address
+    try:
+        result = run_load(settings, available_cpus(), progress)
+    except OSError as error:
+        return _fail(explain(error, address.host, address.port), EXIT_CANNOT_CONNECT)
+    finally:
+        if show:
+            sys.stderr.write("\r\x1b[K")
+    if settings.json:
+        text = report.as_json(result, settings) + "\n"
+        if settings.json == "-":
+            sys.stdout.write(text)
+        else:
+            with open(settings.json, "w") as file:
+                file.write(text)
+    table = sys.stderr if settings.json == "-" else sys.stdout
+    print("\n".join(report.lines(result)), file=table)
+    return report.exit_code(result)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"client.py: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

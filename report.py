@@ -1,0 +1,190 @@
+"""A Result as lines and as JSON: compute -> lines -> sink.
+
+Nothing here measures or connects. The verdict is the one place where a Result is judged, and every
+form of the report and the exit code are made from it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from protocol import TOTAL_MASK
+from result import CHECKABLE_SUM, Result
+from settings import ClientSettings
+
+# Grows when a name or a meaning changes; new names alone leave it.
+JSON_VERSION: Final = 1
+
+EXIT_WRONG_TOTALS: Final = 4
+EXIT_ERRORS: Final = 5
+EXIT_INTERRUPTED: Final = 130
+
+# Above this share of one core, a load process delays its own requests.
+SATURATED: Final = 0.9
+
+PERCENTILES: Final = (50, 90, 99, 99.9)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the totals were right: `ok`, `wrong` or `not checked`, and why."""
+
+    word: str
+    reason: str
+
+
+def judge(result: Result) -> Verdict:
+    """Holds the totals of a run against what was sent in it.
+
+    While what was sent sums below 2^63 the total must have grown by at least the sum answered.
+    Beyond that only equality modulo 2^64 says something, and only if nobody else was adding.
+    """
+    if result.wrong:
+        return Verdict("wrong", f"{result.wrong:,} impossible totals: {result.wrong_examples[0]}")
+    if result.total_before is None or result.total_after is None:
+        return Verdict("not checked", "the server's total could not be read before and after")
+    grown = (result.total_after - result.total_before) & TOTAL_MASK
+    if grown == result.answered_sum & TOTAL_MASK:
+        return Verdict("ok", f"the total grew by exactly the {result.answered_sum:,} answered")
+    if result.answered_sum + result.unknown_sum >= CHECKABLE_SUM or not result.rises_checked:
+        return Verdict("not checked", "more than 2^63 was sent, and others may have added too")
+    if grown < result.answered_sum or grown >= CHECKABLE_SUM:
+        return Verdict(
+            "wrong", f"the total grew by {grown:,}, less than the {result.answered_sum:,} answered"
+        )
+    surplus = grown - result.answered_sum
+    if surplus <= result.unknown_sum:
+        return Verdict(
+            "ok", f"{surplus:,} more than answered, within the {result.unknown_sum:,} unknown"
+        )
+    return Verdict(
+        "ok", f"the total grew by {surplus:,} more than answered: other clients added too"
+    )
+
+
+def exit_code(result: Result) -> int:
+    """The client's exit code after a run: the first of 4, 5 and 130 that applies, or 0."""
+    if judge(result).word == "wrong":
+        return EXIT_WRONG_TOTALS
+    if result.interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_ERRORS if result.errors or result.unknown else 0
+
+
+def format_ns(time_ns: float) -> str:
+    """A time with three digits and the unit that suits it."""
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
+        if time_ns >= size:
+            return f"{time_ns / size:.3g} {unit}"
+    return f"{time_ns:.0f} ns"
+
+
+def format_s(seconds: float) -> str:
+    """Seconds to a tenth, without a zero behind the point."""
+    return f"{seconds:.1f}".removesuffix(".0") + " s"
+
+
+def rate(result: Result) -> float:
+    """Measured requests a second."""
+    return result.measured / result.elapsed_s if result.elapsed_s > 0 else 0.0
+
+
+def lines(result: Result) -> list[str]:
+    """The closing table."""
+    verdict = judge(result)
+    latency = result.latencies
+    times = "  ".join(
+        f"p{percent:g} {format_ns(latency.percentile_ns(percent))}" for percent in PERCENTILES
+    )
+    errors = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(result.errors.items()))
+    unknown = f"; outcome unknown: {result.unknown:,}" if result.unknown else ""
+    ending = "Interrupted" if result.interrupted else "All clients finished"
+    rows = [
+        ("clients", f"{result.connections:,} connections in {result.processes:,} processes"),
+        (
+            "in all",
+            f"{result.sent:,} sent, {result.answered:,} answered, warm-up and reads included",
+        ),
+        ("measured", f"{result.measured:,} requests in {format_s(result.elapsed_s)}"),
+        ("rate", f"{rate(result):,.0f} requests a second"),
+        (
+            "latency",
+            f"mean {format_ns(latency.mean_ns())}  {times}  max {format_ns(latency.max_ns)}",
+        ),
+        ("errors", (errors or "none") + unknown),
+        ("total", f"{_total(result.total_before)} before, {_total(result.total_after)} after"),
+        ("check", f"{verdict.word}: {verdict.reason}"),
+    ]
+    if result.cpu_share > SATURATED:
+        share = f"{result.cpu_share:.0%} of a core"
+        rows.append(("note", f"a load process took {share}: the client was the bottleneck"))
+    table = [f"  {name:<9} {text}" for name, text in rows]
+    return [f"{ending} after {format_s(result.elapsed_s)}.", "", *table]
+
+
+def as_json(result: Result, settings: ClientSettings) -> str:
+    """The report for programs; docs/operations.md has the meaning of each name.
+
+    Totals and sums are text, because many JSON readers end at 2^53.
+    """
+    verdict, latency = judge(result), result.latencies
+    return json.dumps(
+        {
+            "version": JSON_VERSION,
+            "settings": {f.name: _plain(getattr(settings, f.name)) for f in fields(settings)},
+            "python": platform.python_version(),
+            "machine": platform.platform(),
+            "connections": result.connections,
+            "processes": result.processes,
+            "interrupted": result.interrupted,
+            "sent": result.sent,
+            "answered": result.answered,
+            "answered_sum": str(result.answered_sum),
+            "unknown": result.unknown,
+            "unknown_sum": str(result.unknown_sum),
+            "measured": result.measured,
+            "elapsed_s": result.elapsed_s,
+            "requests_per_s": rate(result),
+            "latency_ns": {
+                "mean": latency.mean_ns(),
+                **{f"p{percent:g}": latency.percentile_ns(percent) for percent in PERCENTILES},
+                "max": latency.max_ns,
+            },
+            "errors": result.errors,
+            "total_before": _text(result.total_before),
+            "total_after": _text(result.total_after),
+            "check": {"verdict": verdict.word, "reason": verdict.reason},
+            "client_cpu_share": result.cpu_share,
+        },
+        indent=2,
+    )
+
+
+def progress_line(elapsed_s: float, result: Result, settings: ClientSettings) -> str:
+    """One line that says how far a run is."""
+    p99 = format_ns(result.latencies.percentile_ns(99))
+    measured_s = max(elapsed_s - settings.warmup_s, 0.001)
+    if elapsed_s < settings.warmup_s:
+        return f"warming up, {settings.warmup_s - elapsed_s:.1f} s left"
+    done = len(result.latencies)
+    left = []
+    if settings.requests is not None:
+        left.append(f"{max(0, settings.requests - done):,} requests left")
+    if settings.duration_s is not None or settings.requests is None:
+        left.append(f"{max(0.0, (settings.duration_s or 60.0) - measured_s):.0f} s left")
+    return f"{' or '.join(left)}, {done / measured_s:,.0f} requests a second, p99 {p99}"
+
+
+def _total(total: int | None) -> str:
+    return "unknown" if total is None else f"{total:,}"
+
+
+def _text(number: int | None) -> str | None:
+    return None if number is None else str(number)
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float) else str(value)

@@ -1,0 +1,533 @@
+"""The options of both commands: one declaration each, read here and nowhere else.
+
+A field of ServerSettings or ClientSettings is the whole declaration of an option: its flag, kebab
+alias, environment variable, config file key, help, default and check are made from it. What leaves
+this module is one frozen record; nothing else parses text or reads the environment.
+
+Command line beats environment beats config file beats default. An unknown key is an error wherever
+it stands, and abbreviations are not accepted: a misspelt limit must not be a missing limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, NoReturn, TypeVar
+
+import configargparse
+
+from protocol import MAX_AMOUNT, AddressError, format_address, parse_address
+
+EXIT_USAGE: Final = 2
+
+_DURATION: Final = re.compile(r"(\d+\.?\d*|\.\d+)\s*(ms|s|m|h|)")
+_SECONDS: Final = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """The amounts that the load generator sends: uniform over low..high, both included."""
+
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is: a host name or IP address, and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return format_address(self.host, self.port)
+
+
+class Seconds(float):
+    """A length of time in seconds that prints as it is written: 500ms, 5s, 2m."""
+
+    def __str__(self) -> str:
+        for unit, seconds in (("h", 3600), ("m", 60), ("s", 1)):
+            if self >= seconds and (self / seconds).is_integer():
+                return f"{int(self / seconds)}{unit}"
+        return f"{self * 1000:g}ms" if self < 1 else f"{float(self):g}s"
+
+
+def parse_whole(minimum: int, maximum: int = MAX_AMOUNT) -> Callable[[str], int]:
+    """A reader of whole numbers of minimum..maximum; `1,000` and `1_000` are 1000."""
+
+    def parse(text: str) -> int:
+        digits = text.strip().replace(",", "").replace("_", "")
+        if not (digits.isascii() and digits.isdecimal() and minimum <= int(digits) <= maximum):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number of {minimum} to {maximum}"
+            )
+        return int(digits)
+
+    return parse
+
+
+def parse_port(text: str) -> int:
+    """A port, written `8080` or as Go has it, `:8080`."""
+    if text.startswith("tcp://"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is what Kubernetes sets for a Service of this name, not a port; "
+            "set enableServiceLinks: false in the pod, or name the Service otherwise"
+        )
+    return parse_whole(0, 65535)(text.strip().removeprefix(":"))
+
+
+def parse_server_address(text: str) -> Address:
+    """`HOST:PORT`, `:PORT` or `[IPv6]:PORT`."""
+    try:
+        address = Address(*parse_address(text))
+    except AddressError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if address.port == 0:
+        raise argparse.ArgumentTypeError(f"address {text!r}: port 0 cannot be connected to")
+    return address
+
+
+def parse_seconds(minimum_s: float) -> Callable[[str], Seconds]:
+    """A reader of durations (`500ms`, `5s`, `2m`, `1h`, plain seconds) of at least `minimum_s`."""
+
+    def parse(text: str) -> Seconds:
+        match = _DURATION.fullmatch(text.strip().lower())
+        if not match:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a duration; write 500ms, 5s, 2m or plain seconds"
+            )
+        seconds = Seconds(float(match[1]) * _SECONDS[match[2]])
+        if seconds < minimum_s:
+            raise argparse.ArgumentTypeError(f"{text!r} is below {Seconds(minimum_s)}")
+        return seconds
+
+    return parse
+
+
+def parse_amounts(text: str) -> Amounts:
+    """A number, or `LOW-HIGH`."""
+    whole = parse_whole(0)
+    low, dash, high = text.partition("-")
+    amounts = Amounts(whole(low), whole(high if dash else low))
+    if amounts.low > amounts.high:
+        raise argparse.ArgumentTypeError(f"{text!r}: the lower bound is above the upper one")
+    return amounts
+
+
+def parse_store(text: str) -> str:
+    """`memory`; where the total is kept."""
+    if text != "memory":
+        raise argparse.ArgumentTypeError(f"{masked(text)!r} is not a store; write memory")
+    return text
+
+
+def parse_choice(*choices: str) -> Callable[[str], str]:
+    """A reader of one of a few words."""
+
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}")
+        return text.lower()
+
+    return parse
+
+
+def masked(text: str) -> str:
+    """The text with the password of every URL in it shown as `***`."""
+    return re.sub(r"(\w+://[^/\s:@]*):[^/\s]*@", r"\1:***@", text)
+
+
+def option(
+    flag: str,
+    group: str,
+    description: str,
+    *,
+    default: Any = None,
+    parse: Callable[[str], Any] = str,
+    metavar: str = "N",
+    shown_default: str = "",
+) -> Any:
+    """Declares one option of a settings record; `parse` turns its text into its value.
+
+    `shown_default` is what help says where the default is not a constant.
+    """
+    return field(
+        default=default,
+        metadata={
+            "flag": flag,
+            "group": group,
+            "description": description,
+            "parse": parse,
+            "metavar": metavar,
+            "shown_default": shown_default or ("" if default in (None, False) else str(default)),
+        },
+    )
+
+
+_LISTEN, _SIZE, _COUNT, _TIME = "where to listen", "how much at once", "counting", "deadlines"
+_LOAD, _TARGET, _REPORT = "the load", "the server", "the report"
+_ONCE, _RUN = "one request, for shells", "running it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What `python server.py` was asked to do."""
+
+    host: str = option(
+        "--host",
+        _LISTEN,
+        "interface to listen on; 0.0.0.0 serves other machines",
+        default="127.0.0.1",
+        metavar="HOST",
+    )
+    port: int = option(
+        "--port",
+        _LISTEN,
+        "port, also written :8080; 0 takes a free one",
+        default=8080,
+        parse=parse_port,
+        metavar="PORT",
+    )
+    backlog: int = option(
+        "--backlog",
+        _LISTEN,
+        "connections that may wait for a worker (the kernel's net.core.somaxconn bounds it)",
+        default=1024,
+        parse=parse_whole(1, 2**31 - 1),
+    )
+    multiplier: int = option(
+        "--multiplier",
+        _SIZE,
+        "workers per CPU: so many connections are served at once",
+        default=20,
+        parse=parse_whole(1, 1_000_000),
+    )
+    store: str = option(
+        "--store",
+        _COUNT,
+        "where the total is kept: memory",
+        default="memory",
+        parse=parse_store,
+        metavar="STORE",
+    )
+    set_total: int | None = option(
+        "--setTotal", _COUNT, "start from this total", parse=parse_whole(0), shown_default="0"
+    )
+    max_increment: int = option(
+        "--maxIncrement",
+        _COUNT,
+        "refuse larger amounts as a wrong checksum is refused",
+        default=MAX_AMOUNT,
+        parse=parse_whole(0),
+    )
+    frame_timeout_s: float = option(
+        "--frameTimeout",
+        _TIME,
+        "from a frame's first byte to its last",
+        default=Seconds(5),
+        parse=parse_seconds(0.001),
+        metavar="TIME",
+    )
+    write_timeout_s: float = option(
+        "--writeTimeout",
+        _TIME,
+        "a peer that does not read its replies for so long is dropped",
+        default=Seconds(30),
+        parse=parse_seconds(0.001),
+        metavar="TIME",
+    )
+    drain_timeout_s: float = option(
+        "--drainTimeout",
+        _TIME,
+        "after SIGTERM or SIGINT, what is not finished by then is cut",
+        default=Seconds(5),
+        parse=parse_seconds(0),
+        metavar="TIME",
+    )
+    log_level: str = option(
+        "--logLevel",
+        _RUN,
+        "debug, info, warning or error; the log goes to standard error",
+        default="info",
+        parse=parse_choice("debug", "info", "warning", "error"),
+        metavar="LEVEL",
+    )
+    log_format: str = option(
+        "--logFormat",
+        _RUN,
+        "text or json",
+        default="text",
+        parse=parse_choice("text", "json"),
+        metavar="FORMAT",
+    )
+
+    def workers(self, cpus: float) -> int:
+        """How many connections are served at once: ceil(CPUs × multiplier)."""
+        return math.ceil(cpus * self.multiplier)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSettings:
+    """What `python client.py` was asked to do."""
+
+    server_address: Address = option(
+        "--serverAddress",
+        _TARGET,
+        "HOST:PORT, :PORT or [IPv6]:PORT",
+        default=Address("127.0.0.1", 8080),
+        parse=parse_server_address,
+        metavar="ADDRESS",
+    )
+    timeout_s: float = option(
+        "--timeout",
+        _TARGET,
+        "for connecting, and for each reply",
+        default=Seconds(10),
+        parse=parse_seconds(0.001),
+        metavar="TIME",
+    )
+    multiplier: int = option(
+        "--multiplier",
+        _LOAD,
+        "connections per CPU",
+        default=20,
+        parse=parse_whole(1, 1_000_000),
+    )
+    connections: int | None = option(
+        "--connections",
+        _LOAD,
+        "connections in all",
+        parse=parse_whole(1, 1_000_000),
+        shown_default="CPUs × multiplier",
+    )
+    duration_s: float | None = option(
+        "--duration",
+        _LOAD,
+        "measured time",
+        parse=parse_seconds(0.001),
+        metavar="TIME",
+        shown_default="1m, or no limit with --requests",
+    )
+    requests: int | None = option(
+        "--requests",
+        _LOAD,
+        "measured requests; ends at whichever comes first",
+        parse=parse_whole(1),
+    )
+    warmup_s: float = option(
+        "--warmup",
+        _LOAD,
+        "before the measured part: sent and counted, left out of rates and latencies",
+        default=Seconds(1),
+        parse=parse_seconds(0),
+        metavar="TIME",
+    )
+    pipeline: int = option(
+        "--pipeline",
+        _LOAD,
+        "frames in flight per connection",
+        default=1,
+        parse=parse_whole(1, 65536),
+    )
+    amount: Amounts = option(
+        "--amount",
+        _LOAD,
+        "amount of each addition: a number, or LOW-HIGH drawn uniformly",
+        default=Amounts(1, 1),
+        parse=parse_amounts,
+        metavar="AMOUNT",
+    )
+    processes: int | None = option(
+        "--processes",
+        _LOAD,
+        "processes that share the connections",
+        parse=parse_whole(1, 1024),
+        shown_default="one per whole CPU",
+    )
+    add: int | None = option("--add", _ONCE, "add N once and print the total", parse=parse_whole(0))
+    read: bool = option("--read", _ONCE, "print the total and end", default=False)
+    json: str | None = option(
+        "--json",
+        _REPORT,
+        "write the result as JSON; - is standard output, and the table goes to standard error",
+        metavar="FILE",
+    )
+    log_level: str = option(
+        "--logLevel",
+        _RUN,
+        "debug, info, warning or error; the log goes to standard error",
+        default="info",
+        parse=parse_choice("debug", "info", "warning", "error"),
+        metavar="LEVEL",
+    )
+    log_format: str = option(
+        "--logFormat",
+        _RUN,
+        "text or json",
+        default="text",
+        parse=parse_choice("text", "json"),
+        metavar="FORMAT",
+    )
+
+
+_EPILOGS: Final = {
+    ServerSettings: """examples:
+  python server.py                                  serve this machine on port 8080
+  python server.py --port :9000 --multiplier 100    another port, five times the workers
+  python server.py --host 0.0.0.0                   serve other machines as well
+  COUNTER_SERVER_PORT=9000 python server.py --printConfig
+""",
+    ClientSettings: """examples:
+  python client.py                                  load 127.0.0.1:8080 for one minute
+  python client.py --serverAddress :9000 --duration 10s --connections 400
+  python client.py --pipeline 16 --amount 1-1000 --json result.json
+  python client.py --add 5                          add 5, print the total
+  python client.py --read                           print the total
+""",
+}
+
+S = TypeVar("S", ServerSettings, ClientSettings)
+
+
+def read_settings(
+    record: type[S],
+    program: str,
+    description: str,
+    arguments: Sequence[str] | None = None,
+    environment: dict[str, str] | None = None,
+) -> S:
+    """The settings of a command from its arguments, the environment and the config file.
+
+    `arguments` and `environment` are the process's own unless given. Writes to standard output and
+    exits 0 for --help and --printConfig; exits 2 with one line on standard error for whatever
+    cannot be read.
+    """
+    env = dict(os.environ) if environment is None else environment
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    prefix = f"COUNTER_{program.removesuffix('.py').upper()}_"
+    parser = _make_parser(record, program, description, prefix)
+    parser.env = env
+    try:
+        values, unknown = parser.parse_known_args(args, env_vars=env)
+    except OSError as error:
+        parser.error(f"config file {error.filename}: {error.strerror}")
+    if unknown:
+        parser.refuse_unknown(unknown)
+    settings = record(**{f.name: getattr(values, f.name) for f in fields(record)})
+    if values.print_config:
+        print("\n".join(_config_lines(parser, settings)))
+        sys.exit(0)
+    return settings
+
+
+class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
+    """ConfigArgParse, with errors of one line that say where a bad value came from."""
+
+    env: dict[str, str]
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2."""
+        for action in self._actions:
+            variable = getattr(action, "env_var", None)
+            name = "/".join(action.option_strings)
+            if variable in self.env and message.startswith(f"argument {name}:"):
+                message = f"{message} (see the environment variable {variable})"
+        sys.stderr.write(f"{self.prog}: {masked(message)}; {self.prog} --help lists all options\n")
+        sys.exit(EXIT_USAGE)
+
+    def refuse_unknown(self, unknown: list[str]) -> NoReturn:
+        """Names the file and the key, or the argument, that no option has, and the nearest one."""
+        for source, settings in self.get_source_to_settings_dict().items():
+            for key, (action, _) in settings.items():
+                if action is None and source.startswith("config_file|"):
+                    path = source.partition("|")[2]
+                    self.error(f"config file {path}: unknown key {key!r}{self._nearest(key)}")
+        self.error(f"unknown argument {unknown[0]}{self._nearest(unknown[0])}")
+
+    def _nearest(self, name: str) -> str:
+        known = [text.lstrip("-") for action in self._actions for text in action.option_strings]
+        near = difflib.get_close_matches(name.lstrip("-").partition("=")[0], known, n=1)
+        return f", did you mean {near[0]}?" if near else ""
+
+
+def _make_parser(record: type[S], program: str, description: str, prefix: str) -> _Parser:
+    parser = _Parser(
+        prog=program,
+        description=description,
+        epilog=_EPILOGS[record],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_config_file_help=False,
+        add_env_var_help=True,
+    )
+    groups: dict[str, Any] = {}
+    for declared in fields(record):
+        meta = declared.metadata
+        group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
+        groups[meta["group"]] = group
+        kebab = re.sub(r"([A-Z])", r"-\1", meta["flag"]).lower()
+        names = [meta["flag"]] if kebab == meta["flag"] else [meta["flag"], kebab]
+        shown = f" (default: {meta['shown_default']})" if meta["shown_default"] else ""
+        common = {
+            "dest": declared.name,
+            "default": declared.default,
+            "help": (meta["description"] + shown).replace("%", "%%"),
+            "env_var": prefix + kebab.lstrip("-").replace("-", "_").upper(),
+        }
+        if declared.default is False:
+            group.add_argument(*names, action="store_true", **common)
+        else:
+            group.add_argument(*names, type=meta["parse"], metavar=meta["metavar"], **common)
+    running = groups[_RUN]
+    running.add_argument(
+        "--config",
+        is_config_file_arg=True,
+        metavar="FILE",
+        env_var=prefix + "CONFIG",
+        help="read options from a file of `key = value` lines; keys are the flags without dashes",
+    )
+    running.add_argument(
+        "--printConfig",
+        "--print-config",
+        dest="print_config",
+        action="store_true",
+        help="print every value and where it came from, and end",
+    )
+    return parser
+
+
+def _config_lines(parser: _Parser, settings: ServerSettings | ClientSettings) -> list[str]:
+    """Every value as a line that a config file takes, with its origin behind it."""
+    origins: dict[str, str] = {}
+    for source, found in parser.get_source_to_settings_dict().items():
+        kind, _, path = source.partition("|")
+        for key, (action, _) in found.items():
+            if kind == "environment_variables":
+                origins[action.dest] = f"environment {key}"
+            elif kind == "config_file":
+                origins[action.dest] = f"file {path}"
+            elif kind == "command_line":
+                given = {argument.partition("=")[0] for argument in _}
+                for act in parser._actions:
+                    if given & set(act.option_strings):
+                        origins[act.dest] = "command line"
+    lines = []
+    for declared in fields(settings):
+        key, value = declared.metadata["flag"].lstrip("-"), getattr(settings, declared.name)
+        origin = origins.get(declared.name, "default")
+        if value is None:
+            lines.append(f"# {key} is not set  # {origin}")
+        else:
+            text = str(value).lower() if isinstance(value, bool) else masked(str(value))
+            lines.append(f"{key} = {text}  # {origin}")
+    return lines
