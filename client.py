@@ -267,7 +267,7 @@ def _ask_once(settings: ClientSettings, amount: int) -> int:
 def _load(settings: ClientSettings) -> int:
     import report
     from machine import available_cpus, raise_descriptor_limit
-    from run import run_load
+    from run import LoadProcessDied, run_load
 
     if settings.json and settings.json != "-":
         try:
@@ -289,6 +289,8 @@ def _load(settings: ClientSettings) -> int:
         result = run_load(settings, available_cpus(), progress)
     except OSError as error:
         return _fail(explain(error, address.host, address.port), EXIT_CANNOT_CONNECT)
+    except LoadProcessDied as error:
+        return _fail(f"{error} before the load began", EXIT_CANNOT_CONNECT)
     finally:
         if show:
             sys.stderr.write("\r\x1b[K")

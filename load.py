@@ -261,6 +261,7 @@ class LoadProcess:
         self.last_reply_ns = self.measure_from_ns
         if self.share.duration_s is not None:
             self.stop_at_ns = self.measure_from_ns + int(self.share.duration_s * 1e9)
+        self.cpu_from_s = time.process_time()
         self.sending = True
         sweeper = self.loop.timer(SWEEP_S, SWEEP_S)
         sweeper.start(self._sweep)

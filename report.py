@@ -24,6 +24,7 @@ EXIT_INTERRUPTED: Final = 130
 
 # Above this share of one core, a load process delays its own requests.
 SATURATED: Final = 0.9
+SATURATED_S: Final = 0.5  # below, the share is mostly the start of the run
 
 PERCENTILES: Final = (50, 90, 99, 99.9)
 
@@ -118,7 +119,7 @@ def lines(result: Result) -> list[str]:
         ("total", f"{_total(result.total_before)} before, {_total(result.total_after)} after"),
         ("check", f"{verdict.word}: {verdict.reason}"),
     ]
-    if result.cpu_share > SATURATED:
+    if result.cpu_share > SATURATED and result.elapsed_s > SATURATED_S:
         share = f"{result.cpu_share:.0%} of a core"
         rows.append(("note", f"a load process took {share}: the client was the bottleneck"))
     table = [f"  {name:<9} {text}" for name, text in rows]

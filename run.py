@@ -78,14 +78,18 @@ def split(
     ]
 
 
+class LoadProcessDied(Exception):
+    """A process of the run ended before its load began; what it printed says why."""
+
+
 class _Run:
     """The parent's side: the processes of a run, and what they sent so far."""
 
     def __init__(self, shares: list[Share]) -> None:
         self.shares = shares
         self.pids: dict[PipeEnd, int] = {}
-        self.results: dict[PipeEnd, Result] = {}
-        self.so_far: dict[PipeEnd, Result] = {}
+        self.results: dict[PipeEnd, Result] = {}  # of every process: so far, in the end whole
+        self.loading: set[PipeEnd] = set()
 
     def supervise(self, progress: Callable[[float, Result], None]) -> Result:
         first = self.fork(self.shares[0])
@@ -95,26 +99,25 @@ class _Run:
         for pipe in self.pids:
             self.expect(pipe, "ready")
         started_at = time.monotonic()
+        self.loading = set(self.pids)
         self.tell("go")
         interrupted = False
-        while len(self.results) < len(self.pids):
+        while self.loading:
             try:
                 self.collect()
-                progress(time.monotonic() - started_at, merged(self.so_far.values()))
+                progress(time.monotonic() - started_at, merged(self.results.values()))
             except KeyboardInterrupt:
                 if interrupted:
                     raise
                 interrupted = True
                 self.tell("stop")
-        first.send("finish")
+        self.tell("finish")
+        for pipe in self.pids:
+            with contextlib.suppress(LoadProcessDied):
+                self.results[pipe] = self.expect(pipe, "result")
         result = merged(self.results.values())
         result.total_before = total_before
-        try:
-            result.total_after, sent, answered = self.expect(first, "after")
-            result.sent += sent
-            result.answered += answered
-        except ChildProcessError:
-            result.count_error("load process died")
+        result.total_after = self.results[first].total_after
         result.interrupted = interrupted
         result.processes = len(self.shares)
         return result
@@ -135,44 +138,40 @@ class _Run:
 
     def tell(self, word: str) -> None:
         for pipe in self.pids:
-            if pipe not in self.results:
-                # Of a process that died, collect() finds the end of the pipe and counts it.
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.send(word)
+            # The pipe of a process that died is at its end: whoever reads it next finds out.
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send(word)
 
     def expect(self, pipe: PipeEnd, kind: str) -> Any:
         """The next message of a process, which has to be of this kind."""
         try:
             got, value = pipe.recv()
-        except EOFError:
-            raise ChildProcessError("a load process died; see the log above") from None
+        except (EOFError, ConnectionResetError):
+            raise LoadProcessDied("a load process died") from None
         if got == "failed":
             raise value
         assert got == kind, f"{got} where {kind} was due"
         return value
 
     def collect(self) -> None:
-        """Takes what the processes send until the next progress is due."""
-        unfinished = [pipe for pipe in self.pids if pipe not in self.results]
+        """Takes what the loading processes send until the next progress is due."""
         until = time.monotonic() + PROGRESS_S
-        while unfinished and (left_s := until - time.monotonic()) > 0:
-            for pipe in wait(unfinished, left_s):
+        while self.loading and (left_s := until - time.monotonic()) > 0:
+            for pipe in wait(self.loading, left_s):
                 assert isinstance(pipe, PipeEnd)
                 try:
-                    kind, value = pipe.recv()
-                except EOFError:
-                    kind, value = "result", self.so_far.get(pipe, Result())
-                    value.count_error("load process died")
-                self.so_far[pipe] = value
-                if kind == "result":
-                    self.results[pipe] = value
-                    unfinished.remove(pipe)
+                    kind, result = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    kind, result = "loaded", self.results.get(pipe, Result())
+                    result.count_error("a load process died")
+                self.results[pipe] = result
+                if kind == "loaded":
+                    self.loading.remove(pipe)
 
     def kill(self) -> None:
-        """Ends and reaps every process; those of a finished run have ended by themselves."""
+        """Ends and reaps every process; one that ended by itself is a zombie until now."""
         for pipe, pid in self.pids.items():
-            if pipe not in self.results:
-                os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             pipe.close()
             os.waitpid(pid, 0)
 
@@ -198,13 +197,11 @@ def _run_process(share: Share, pipe: PipeEnd, index: int) -> None:
         orders.report_progress()
         process.run()
         orders.stop_reporting()
-        pipe.send(("result", process.result))
+        pipe.send(("loaded", process.result))
+        orders.finish.wait()
         if index == 0:
-            orders.finish.wait()
-            sent, answered = process.result.sent, process.result.answered
-            total = process.read_total()
-            result = process.result
-            pipe.send(("after", (total, result.sent - sent, result.answered - answered)))
+            process.result.total_after = process.read_total()
+        pipe.send(("result", process.result))
         process.close()
         code = 0
     except BrokenPipeError:

@@ -1,0 +1,259 @@
+"""python client.py against the real server, and against servers that are wrong or gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Command, ScriptedServer, ServerCommand, receive_exactly, wait_until
+
+from protocol import encode_total
+
+
+def client(address: str, *arguments: str) -> Command:
+    return Command("client.py", "--serverAddress", address, *arguments)
+
+
+def run_client(address: str, *arguments: str) -> tuple[int, str]:
+    """Runs a client to its end; its exit code, and its standard output and error."""
+    with client(address, *arguments) as command:
+        code = command.finish(60)
+        return code, command.output() + command.errors()
+
+
+SHORT = ("--duration", "500ms", "--warmup", "100ms")
+
+
+def test_a_run_reports_what_the_server_counted() -> None:
+    with ServerCommand() as server:
+        code, shown = run_client(server.address, *SHORT)
+        assert code == 0, shown
+        assert shown.startswith("All clients finished after 0.5 s.")
+        counts = re.search(r"([\d,]+) sent, ([\d,]+) answered", shown)
+        assert counts
+        assert counts[1] == counts[2]
+        assert "errors    none" in shown
+        assert "check     ok: the total grew by exactly" in shown
+        _, requests = server.stop()
+        assert requests == int(counts[2].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--processes", "1", "--connections", "3"],
+        ["--processes", "3", "--connections", "7", "--pipeline", "16"],
+        ["--pipeline", "700", "--amount", "1-1000"],
+        ["--amount", "0-18446744073709551615", "--pipeline", "8"],
+        ["--amount", "0"],
+        ["--connections", "2", "--pipeline", "65536"],
+    ],
+)
+def test_every_kind_of_load_is_counted_exactly(arguments: list[str]) -> None:
+    with ServerCommand("--multiplier", "100") as server:
+        code, shown = run_client(server.address, *SHORT, *arguments)
+        assert code == 0, shown
+        assert "check     ok: the total grew by exactly" in shown
+
+
+def test_requests_bound_a_run_exactly(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    with ServerCommand() as server:
+        code, shown = run_client(
+            server.address, "--requests", "5001", "--warmup", "0", "--json", str(file)
+        )
+        assert code == 0, shown
+        result = json.loads(file.read_text())
+        assert result["version"] == 1
+        assert result["measured"] == 5001
+        assert result["answered"] == result["sent"] == 5003
+        assert result["latency_ns"]["p50"] <= result["latency_ns"]["p99"]
+        assert server.stop() == (5001, 5003)
+
+
+def test_json_on_standard_output_leaves_the_table_to_standard_error() -> None:
+    with ServerCommand() as server, client(server.address, *SHORT, "--json", "-") as command:
+        assert command.finish() == 0
+        assert json.loads(command.output())["check"]["verdict"] == "ok"
+        assert "All clients finished" in command.errors()
+
+
+def test_add_and_read_print_the_total() -> None:
+    with ServerCommand() as server:
+        assert run_client(server.address, "--add", "5") == (0, "5\n")
+        assert run_client(server.address, "--read") == (0, "5\n")
+
+
+def test_more_connections_than_workers_are_errors_that_are_reported() -> None:
+    with ServerCommand(workers=2) as server:
+        code, shown = run_client(
+            server.address, *SHORT, "--connections", "3", "--processes", "1", "--timeout", "300ms"
+        )
+        assert code == 5, shown
+        assert re.search(r"errors    timeout: \d", shown), shown
+        assert "check     ok" in shown
+
+
+def test_a_server_that_is_not_there_is_exit_1_with_the_address_and_the_remedy() -> None:
+    for arguments in (["--read"], list(SHORT)):
+        code, shown = run_client("127.0.0.1:1", *arguments)
+        assert code == 1
+        assert "cannot connect to 127.0.0.1:1: connection refused" in shown
+        assert "python server.py" in shown
+        assert shown.count("\n") == 1
+
+
+def test_usage_errors_are_exit_2_and_one_line() -> None:
+    for arguments in (
+        ["--amount", "9-1"],
+        ["--duration", "soon"],
+        ["--serverAddress", "localhost"],
+        ["--read", "--add", "1"],
+        ["--json", "/no/such/folder/x.json"],
+        ["--conections", "4"],
+    ):
+        code, shown = run_client("127.0.0.1:1", *arguments)
+        assert code == 2, shown
+        assert shown.count("\n") == 1, shown
+
+
+def test_a_server_that_dies_in_mid_run_is_errors_and_a_report() -> None:
+    with ServerCommand() as server:
+        with client(server.address, "--duration", "3s", "--warmup", "0") as command:
+            wait_until(lambda: is_busy(server.process.pid), "the server is under load")
+            server.signal(signal.SIGKILL)
+            assert command.finish() == 5
+            shown = command.output()
+            assert "connect: connection refused" in shown
+            assert "outcome unknown:" in shown
+            assert "not checked: the server's total could not be read" in shown
+
+
+def test_a_server_that_comes_back_is_connected_to_again() -> None:
+    with ServerCommand() as server:
+        port = server.address.rpartition(":")[2]
+        with client(server.address, "--duration", "3s", "--warmup", "0") as command:
+            wait_until(lambda: is_busy(server.process.pid), "the server is under load")
+            server.stop()
+            with ServerCommand(port=port) as second:
+                assert command.finish() == 4, "the new server's total is below the old one's"
+                _, requests = second.stop()
+                assert requests > 100
+
+
+@pytest.mark.parametrize(
+    ("totals", "expected"),
+    [
+        ([0, 5, 4, 6, 6], "4 after 5, where 1 was added"),
+        ([0, 1, 1, 2, 3], "1 after 1, where 1 was added"),
+        ([0, 1, 2, 3, 1], "1 after 3, where 0 was added"),
+        ([0, 2**63 + 5, 7, 8, 8], "where 1 was added"),
+    ],
+)
+def test_wrong_totals_are_exit_4_with_an_example(totals: list[int], expected: str) -> None:
+    def script(sock: socket.socket) -> None:
+        for total in totals:
+            receive_exactly(sock, 16)
+            sock.sendall(encode_total(total))
+        receive_exactly(sock, 16)
+
+    with ScriptedServer(script) as server:
+        code, shown = run_client(
+            server.address, "--connections", "1", "--requests", "3", "--warmup", "0"
+        )
+        assert code == 4, shown
+        assert "check     wrong" in shown
+        assert expected in shown
+
+
+def test_replies_that_nothing_asked_for_are_wrong() -> None:
+    def script(sock: socket.socket) -> None:
+        for total in range(3):
+            receive_exactly(sock, 16)
+            sock.sendall(encode_total(total) * (1 + (total == 1)))
+        receive_exactly(sock, 16)
+
+    with ScriptedServer(script) as server:
+        code, shown = run_client(
+            server.address, "--connections", "1", "--requests", "1", "--warmup", "0"
+        )
+        assert code == 4, shown
+        assert "1 replies that nothing asked for" in shown
+
+
+def test_a_server_that_never_answers_is_reported_after_the_timeout() -> None:
+    with ScriptedServer(lambda sock: receive_exactly(sock, 10**6)) as server:
+        code, shown = run_client(server.address, "--connections", "2", "--timeout", "200ms", *SHORT)
+        assert code == 5, shown
+        assert "timeout" in shown
+        assert "not checked" in shown
+
+
+def test_ctrl_c_stops_early_and_still_reports() -> None:
+    with ServerCommand() as server:
+        with client(server.address, "--duration", "1h", "--warmup", "0") as command:
+            wait_until(lambda: is_busy(server.process.pid), "the server is under load")
+            command.signal(signal.SIGINT)
+            assert command.finish() == 130
+            shown = command.output()
+            assert shown.startswith("Interrupted after")
+            assert "check     ok: the total grew by exactly" in shown
+            assert command.errors() == ""
+
+
+def test_no_process_outlives_a_client_that_was_killed() -> None:
+    with ServerCommand() as server:
+        with client(server.address, "--duration", "1h", "--processes", "3") as command:
+            pid = command.process.pid
+            wait_until(lambda: len(children(pid)) == 3, "three processes load the server")
+            forked = children(pid)
+            command.signal(signal.SIGKILL)
+            command.finish()
+            wait_until(lambda: not any(map(is_alive, forked)), "they are gone")
+
+
+def test_the_address_can_come_from_the_environment() -> None:
+    with (
+        ServerCommand() as server,
+        Command(
+            "client.py", "--read", environment={"COUNTER_CLIENT_SERVER_ADDRESS": server.address}
+        ) as command,
+    ):
+        assert command.line() == "0"
+        assert command.finish() == 0
+
+
+def test_a_terminal_shows_progress_and_a_pipe_does_not() -> None:
+    with ServerCommand() as server:
+        script = f"{sys.executable} client.py --serverAddress {server.address} --duration 1500ms"
+        shown = subprocess.run(
+            ["script", "-qec", script, "/dev/null"], cwd=ROOT, capture_output=True, check=True
+        ).stdout.decode()
+        assert "requests a second, p99" in shown
+        with client(server.address, "--duration", "1500ms") as command:
+            assert command.finish() == 0
+            assert command.errors() == ""
+
+
+def is_busy(pid: int) -> bool:
+    """Whether a process has taken at least 0.3 s of CPU."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") > 0.3
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
