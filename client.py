@@ -236,6 +236,13 @@ def explain(error: OSError, host: str, port: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     from log import configure_log
     from settings import ClientSettings, read_settings
 
@@ -245,12 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_log(settings.log_level, settings.log_format)
     if settings.read and settings.add is not None:
         return _fail("--add and --read exclude each other; give one of them", EXIT_USAGE)
-    try:
-        if settings.read or settings.add is not None:
-            return _ask_once(settings, settings.add or 0)
-        return _load(settings)
-    except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+    if settings.read or settings.add is not None:
+        return _ask_once(settings, settings.add or 0)
+    return _load(settings)
 
 
 def _ask_once(settings: ClientSettings, amount: int) -> int:

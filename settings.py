@@ -212,6 +212,14 @@ class ServerSettings:
         default=20,
         parse=parse_whole(1, 1_000_000),
     )
+    processes: int | None = option(
+        "--processes",
+        _SIZE,
+        "serving processes that share the workers, under a master that replaces those that die; "
+        "0 serves in this very process, without one",
+        parse=parse_whole(0, 1024),
+        shown_default="one per whole CPU",
+    )
     store: str = option(
         "--store",
         _COUNT,
@@ -274,6 +282,11 @@ class ServerSettings:
     def workers(self, cpus: float) -> int:
         """How many connections are served at once: ceil(CPUs × multiplier)."""
         return math.ceil(cpus * self.multiplier)
+
+    def process_count(self, cpus: float) -> int:
+        """How many processes serve, 0 for this very one: never more than there are workers."""
+        wanted = max(1, int(cpus)) if self.processes is None else self.processes
+        return min(wanted, self.workers(cpus))
 
 
 @dataclass(frozen=True, kw_only=True)

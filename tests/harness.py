@@ -71,6 +71,12 @@ class Command:
         """The next line of standard error."""
         return self._err.next()
 
+    def error_line_with(self, text: str) -> str:
+        """The next line of standard error that contains a text."""
+        while text not in (line := self.error_line()):
+            pass
+        return line
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
@@ -288,3 +294,34 @@ def peers(address: str, count: int) -> Iterator[Sequence[Peer]]:
     finally:
         for peer in opened:
             peer.close()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process forked and that have not ended."""
+    try:
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except FileNotFoundError:
+        return []
+    return [child for child in map(int, listed.split()) if is_alive(child)]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not reaped does not."""
+    try:
+        return _stat(pid)[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process and those it forked have computed so far."""
+    ticks = 0
+    for one in (pid, *children(pid)):
+        fields = _stat(one)
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

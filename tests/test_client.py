@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -12,7 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Command, ScriptedServer, ServerCommand, receive_exactly, wait_until
+from harness import (
+    ROOT,
+    Command,
+    ScriptedServer,
+    ServerCommand,
+    children,
+    cpu_seconds,
+    is_alive,
+    receive_exactly,
+    wait_until,
+)
 
 from protocol import encode_total
 
@@ -127,7 +136,7 @@ def test_usage_errors_are_exit_2_and_one_line() -> None:
 def test_a_server_that_dies_in_mid_run_is_errors_and_a_report() -> None:
     with ServerCommand() as server:
         with client(server.address, "--duration", "3s", "--warmup", "0") as command:
-            wait_until(lambda: is_busy(server.process.pid), "the server is under load")
+            wait_for_load(server)
             server.signal(signal.SIGKILL)
             assert command.finish() == 5
             shown = command.output()
@@ -140,7 +149,7 @@ def test_a_server_that_comes_back_is_connected_to_again() -> None:
     with ServerCommand() as server:
         port = server.address.rpartition(":")[2]
         with client(server.address, "--duration", "3s", "--warmup", "0") as command:
-            wait_until(lambda: is_busy(server.process.pid), "the server is under load")
+            wait_for_load(server)
             server.stop()
             with ServerCommand(port=port) as second:
                 assert command.finish() == 4, "the new server's total is below the old one's"
@@ -199,7 +208,7 @@ def test_a_server_that_never_answers_is_reported_after_the_timeout() -> None:
 def test_ctrl_c_stops_early_and_still_reports() -> None:
     with ServerCommand() as server:
         with client(server.address, "--duration", "1h", "--warmup", "0") as command:
-            wait_until(lambda: is_busy(server.process.pid), "the server is under load")
+            wait_for_load(server)
             command.signal(signal.SIGINT)
             assert command.finish() == 130
             shown = command.output()
@@ -242,18 +251,7 @@ def test_a_terminal_shows_progress_and_a_pipe_does_not() -> None:
             assert command.errors() == ""
 
 
-def is_busy(pid: int) -> bool:
-    """Whether a process has taken at least 0.3 s of CPU."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") > 0.3
-
-
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def wait_for_load(server: ServerCommand) -> None:
+    """Waits until the server has computed for 0.3 s from now on."""
+    start_s = cpu_seconds(server.process.pid)
+    wait_until(lambda: cpu_seconds(server.process.pid) > start_s + 0.3, "the server is under load")

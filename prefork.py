@@ -1,0 +1,262 @@
+"""The master: forks the serving processes, replaces those that die, stops them in order.
+
+It knows nothing of counting, and has no hub, no thread and no store: nothing in it can hang, and
+what it forks inherits nothing that is in use. Signal handlers and children only write a byte into
+its pipe; the loop decides.
+
+The invariants: a process that dies is replaced at once, unless it died before it was ready, which
+is delayed and in the end given up; when the master dies, however it dies, its processes die with
+it; one stop ladder with one deadline ends them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import mmap
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Final
+
+EXIT_CANNOT_BOOT: Final = 3
+
+# Between attempts to replace processes that die before they are ready: doubled each time.
+FIRST_DELAY_S: Final = 0.1
+LAST_DELAY_S: Final = 5.0
+# So many in a row, and none serving: they will not come.
+ATTEMPTS: Final = 5
+
+# What a process may take beyond its own drain deadline before it is killed.
+KILL_GRACE_S: Final = 2.0
+
+_PR_SET_PDEATHSIG: Final = 1
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_HANDLED: Final = (*_STOP_SIGNALS, signal.SIGCHLD)
+
+_log = logging.getLogger("server")
+
+
+class CannotBoot(Exception):
+    """No process can serve, and trying again would not help."""
+
+
+class Master:
+    """Keeps `count` processes running, each of which runs `serve(index, ready)`.
+
+    `serve` calls `ready()` once it serves, ends at SIGTERM within `drain_timeout_s`, at a second
+    SIGTERM at once, and gives back the exit code of its process; EXIT_CANNOT_BOOT says that it
+    cannot start and has said why. `on_death(index)` is called in the master after each death.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        serve: Callable[[int, Callable[[], None]], int],
+        drain_timeout_s: float,
+        on_death: Callable[[int], None],
+    ) -> None:
+        self._count = count
+        self._serve = serve
+        self._drain_timeout_s = drain_timeout_s
+        self._on_death = on_death
+        self._pid = os.getpid()
+        self._indexes: dict[int, int] = {}  # of each living process, by pid
+        self._ready = mmap.mmap(-1, count)  # one byte a process, set by itself
+        self._were_ready: set[int] = set()
+        self._failures = 0  # deaths before ready since a process was ready last
+        self._retry_at: float | None = None
+        self._stop_signals = 0
+        self.restarts = 0
+        self._wake_end, self._waker = os.pipe()
+        for end in (self._wake_end, self._waker):
+            os.set_blocking(end, False)
+
+    def run(self, on_ready: Callable[[], None], on_stop: Callable[[], None]) -> None:
+        """Forks, supervises and stops; gives back when the last process has ended.
+
+        `on_ready` is called when all processes are ready for the first time, `on_stop` when the
+        stopping begins. CannotBoot if the processes cannot start.
+        """
+        previous = {number: signal.signal(number, self._on_signal) for number in _HANDLED}
+        signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+        try:
+            self._fork_missing()
+            self._until_ready()
+            if not self._stop_signals:
+                on_ready()
+            while not self._stop_signals:
+                self._wait(self._seconds_to_retry())
+                self._fork_missing()
+        finally:
+            on_stop()
+            self._stop()
+            signal.set_wakeup_fd(-1)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            for end in (self._wake_end, self._waker):
+                os.close(end)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Records; that the loop wakes is the wake-up descriptor's work."""
+        if number in _STOP_SIGNALS:
+            self._stop_signals += 1
+
+    def _until_ready(self) -> None:
+        while not self._stop_signals and not all(self._ready[i] for i in range(self._count)):
+            self._wait(self._seconds_to_retry())
+            self._fork_missing()
+
+    def _wait(self, seconds: float | None) -> None:
+        """Until a signal or a process that is ready wakes it; then reaps."""
+        select.select([self._wake_end], [], [], seconds)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_end, 4096)
+        self._reap()
+        ready = {index for index in range(self._count) if self._ready[index]}
+        if ready - self._were_ready:
+            self._failures = 0
+        self._were_ready = ready
+
+    def _somebody_serves(self) -> bool:
+        return any(self._ready[index] for index in range(self._count))
+
+    def _seconds_to_retry(self) -> float | None:
+        return None if self._retry_at is None else max(0.0, self._retry_at - time.monotonic())
+
+    def _reap(self) -> None:
+        """Takes note of every process that ended.
+
+        waitpid(-1), because the first process of a container inherits orphans of others; those are
+        reaped and are none of ours.
+        """
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            index = self._indexes.pop(pid, None)
+            if index is not None:
+                was_ready = bool(self._ready[index])
+                self._ready[index] = 0
+                self._on_death(index)
+                if not self._stop_signals:
+                    self._note_death(pid, os.waitstatus_to_exitcode(status), was_ready)
+
+    def _note_death(self, pid: int, code: int, was_ready: bool) -> None:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        self.restarts += 1
+        if was_ready:
+            _log.warning("serving process %d %s and is replaced", pid, how)
+            return
+        self._failures += 1
+        if not self._somebody_serves() and (code == EXIT_CANNOT_BOOT or self._failures >= ATTEMPTS):
+            raise CannotBoot(f"serving process {pid} {how} before it was ready")
+        delay_s = min(LAST_DELAY_S, FIRST_DELAY_S * 2 ** (self._failures - 1))
+        _log.warning(
+            "serving process %d %s before it was ready; another is tried in %.1f s",
+            pid,
+            how,
+            delay_s,
+        )
+        self._retry_at = time.monotonic() + delay_s
+
+    def _fork_missing(self) -> None:
+        """Forks a process for each place that has none, unless it is too early to try again."""
+        if self._stop_signals or (self._retry_at is not None and self._seconds_to_retry()):
+            return
+        self._retry_at = None
+        for index in sorted(set(range(self._count)) - set(self._indexes.values())):
+            try:
+                self._fork(index)
+            except OSError as error:
+                reason = f"cannot fork serving process {index + 1} of {self._count}"
+                remedy = "raise the limit (ulimit -u) or lower --processes"
+                if not self._somebody_serves():
+                    raise CannotBoot(f"{reason}: {error.strerror}; {remedy}") from None
+                _log.warning("%s: %s; %s", reason, error.strerror, remedy)
+                self._retry_at = time.monotonic() + LAST_DELAY_S
+                return
+
+    def _fork(self, index: int) -> None:
+        # Blocked, a signal waits for the child's own handlers instead of running the master's.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        try:
+            pid = os.fork()
+            if not pid:
+                self._live(index)
+            self._indexes[pid] = index
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+
+    def _live(self, index: int) -> None:
+        """The life of a child; does not return."""
+        code = EXIT_CANNOT_BOOT
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # A Ctrl-C in a terminal reaches every process of it; the master's word counts.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+            die_with_parent(self._pid)
+            code = self._serve(index, lambda: self._say_ready(index))
+        except Exception:
+            _log.exception("a serving process failed")
+            code = 1 if self._ready[index] else EXIT_CANNOT_BOOT
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _say_ready(self, index: int) -> None:
+        self._ready[index] = 1
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes the master as well
+            os.write(self._waker, b"\0")
+
+    def _stop(self) -> None:
+        """The stop ladder: SIGTERM, the drain deadline, SIGKILL; a second signal shortens it."""
+        self._stop_signals = max(1, self._stop_signals)
+        seen = self._stop_signals
+        self._tell(signal.SIGTERM)
+        deadline = time.monotonic() + self._drain_timeout_s + KILL_GRACE_S
+        while self._indexes and time.monotonic() < deadline:
+            self._wait(max(0.0, deadline - time.monotonic()))
+            if self._stop_signals > seen:
+                seen = self._stop_signals
+                self._tell(signal.SIGTERM)
+                deadline = min(deadline, time.monotonic() + KILL_GRACE_S)
+        if self._indexes:
+            _log.warning("%d serving processes did not end and are killed", len(self._indexes))
+            self._tell(signal.SIGKILL)
+        while self._indexes:
+            self._wait(None)
+
+    def _tell(self, number: signal.Signals) -> None:
+        for pid in self._indexes:
+            os.kill(pid, number)
+
+
+def split_evenly(whole: int, parts: int) -> Sequence[int]:
+    """`whole` as so many whole numbers that differ by one at most, the larger ones first."""
+    return [whole // parts + (index < whole % parts) for index in range(parts)]
+
+
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when its parent dies, also when it is dead already.
+
+    `parent` is the pid from before the fork: a parent that died before the request was made is
+    found by comparing it. Use on the main thread of a parent whose forking thread does not end.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "cannot ask to be killed with the parent")
+    if os.getppid() != parent:
+        os._exit(1)

@@ -1,0 +1,64 @@
+"""What each serving process says of itself, in memory that outlives it.
+
+A slot is a row of uint64 cells in one anonymous mapping, made before the fork. Only its own
+process writes a slot while it lives, each cell by one aligned store, so no lock is needed and a
+reader never sees half a number. When a process dies its counts stay, for its successor goes on from
+them, and the master, its only writer by then, clears its gauges.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import MutableSequence
+from typing import Final
+
+# Counts, which only grow and survive the process.
+REQUESTS: Final = 0  # additions, reads included
+REFUSED: Final = 1  # connections that were turned away
+ACCEPTED: Final = 2  # connections that got a worker
+
+# Gauges, which end with the process.
+CONNECTIONS: Final = 8  # connections that hold a worker now
+WORKERS: Final = 9  # how many may; 0 while the process does not accept
+
+_FIRST_GAUGE: Final = 8
+_CELLS: Final = 16  # 128 bytes a slot: two processes never write to the same cache line
+
+
+class Slots:
+    """The slots of `count` processes; shared with every process forked afterwards."""
+
+    def __init__(self, count: int) -> None:
+        self._memory = mmap.mmap(-1, count * _CELLS * 8)
+        cells = memoryview(self._memory).cast("Q")
+        self._slots = [cells[i * _CELLS : (i + 1) * _CELLS] for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, index: int) -> MutableSequence[int]:
+        """A process's own slot, to be read and written by the names above."""
+        return self._slots[index]  # type: ignore[return-value]
+
+    def sum(self, cell: int) -> int:
+        """One cell over all processes, dead and living."""
+        return sum(slot[cell] for slot in self._slots)
+
+    def clear_gauges(self, index: int) -> None:
+        """For a process that is dead: it holds nothing any more."""
+        for cell in range(_FIRST_GAUGE, _CELLS):
+            self._slots[index][cell] = 0
+
+    def fewest_connections(self, but: int) -> int | None:
+        """Of the processes with a free worker, leaving out one: the smallest number of connections.
+
+        None where no other has a free worker.
+        """
+        return min(
+            (
+                slot[CONNECTIONS]
+                for index, slot in enumerate(self._slots)
+                if index != but and slot[CONNECTIONS] < slot[WORKERS]
+            ),
+            default=None,
+        )
