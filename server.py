@@ -12,6 +12,7 @@ import errno
 import gc
 import logging
 import math
+import os
 import signal
 import socket
 import struct
@@ -79,8 +80,9 @@ class CounterServer(StreamServer):
         index: int = 0,
     ) -> None:
         self.hub = gevent.get_hub()
-        self.counter = counter
-        self.decoder = Decoder(settings.max_increment)
+        self.add = counter.add
+        decoder = make_decoder(settings.max_increment)
+        self.table, self.decode = decoder.table, decoder.decode
         self.frame_timeout_s = settings.frame_timeout_s
         self.write_timeout_s = settings.write_timeout_s
         self.slots = Slots(1) if slots is None else slots
@@ -236,6 +238,14 @@ class CounterServer(StreamServer):
             if not accepted:
                 return
             yield Connection(self, accepted[0])
+
+
+def make_decoder(max_amount: int) -> Decoder:
+    """This process's decoder. It imports NumPy, which no process may that is still to fork."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from vector import VectorDecoder
+
+    return VectorDecoder(max_amount)
 
 
 def listen(host: str, port: int, backlog: int) -> socket.socket:

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import chain
 from typing import BinaryIO, NoReturn
 
 import pytest
@@ -121,7 +122,7 @@ class SharedCounterContract(CounterContract):
         processes, each = 8, 500
         open_counter = self.share_counter(0)
         befores = add_in_children(open_counter, [[1] * each] * processes)
-        assert sorted(sum(befores, [])) == list(range(processes * each))
+        assert sorted(chain(*befores)) == list(range(processes * each))
         with closing(open_counter()) as counter:
             assert counter.total() == processes * each
 
@@ -143,7 +144,7 @@ class SharedCounterContract(CounterContract):
     def test_processes_that_wrap_the_total_give_no_total_twice(self) -> None:
         start = TOP - 700
         befores = add_in_children(self.share_counter(start), [[1] * 500] * 4)
-        assert sorted((before - start) % TOP for before in sum(befores, [])) == list(range(2000))
+        assert sorted((before - start) % TOP for before in chain(*befores)) == list(range(2000))
 
     def test_every_process_sees_what_another_added_before(self) -> None:
         open_counter = self.share_counter(3)

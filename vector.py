@@ -1,0 +1,184 @@
+"""Deep batches, verified and summed with NumPy; equal to protocol.py, frame for frame.
+
+Pure like protocol.py, and nothing but a faster way to the same results: what is refused, at which
+frame and why, is protocol.py's to say. A read with few frames is left to it as well, because
+calling NumPy costs more than it saves there.
+
+Importing this module imports NumPy, which starts threads: never in a process that forks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol import MAX_AMOUNT, REQUEST_SIZE, BadFrame, Batch, Decoder, checksums
+
+Amounts = NDArray[np.uint64]
+
+# From so many frames in a read on this way is the faster one: at 96 frames of amount 1 both take
+# 12 us, at 1,024 this takes 20 us and the plain one 110 us.
+FROM_FRAMES: Final = 96
+
+# Amounts below this are compared with a table of their checksums (512 KiB), 3 ns a frame; larger
+# ones are hashed.
+TABLE_SIZE: Final = 65536
+
+# So many amounts of one length are hashed together; fewer one by one, at 250 ns each.
+TOGETHER_FROM: Final = 512
+
+_PRIME_1, _PRIME_2, _PRIME_3, _PRIME_4, _PRIME_5 = (
+    np.uint64(prime)
+    for prime in (
+        0x9E3779B185EBCA87,
+        0xC2B2AE3D27D4EB4F,
+        0x165667B19E3779F9,
+        0x85EBCA77C2B2AE63,
+        0x27D4EB2F165667C5,
+    )
+)
+_DIGITS: Final = 20  # of the longest amount
+
+
+class VectorBatch(Batch):
+    """A Batch whose amounts are an array."""
+
+    __slots__ = ("_array",)
+
+    def __init__(self, array: Amounts) -> None:
+        self._array = array
+
+    @property
+    def amounts(self) -> list[int]:  # type: ignore[override]
+        amounts: list[int] = self._array.tolist()
+        return amounts
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def sum(self) -> int:
+        """The sum modulo 2^64, which is all that an addition needs of it."""
+        return int(self._array.sum())
+
+    def replies(self, before: int) -> bytes:
+        totals = self._array.cumsum()
+        totals += np.uint64(before)
+        return totals.byteswap().tobytes()
+
+
+class VectorDecoder(Decoder):
+    """A Decoder that takes deep batches at once."""
+
+    def __init__(self, max_amount: int = MAX_AMOUNT) -> None:
+        super().__init__(max_amount)
+        self._table = _hashed(np.arange(TABLE_SIZE, dtype=np.uint64))
+
+    def decode(self, data: bytes) -> tuple[Batch, bytes]:
+        count = len(data) // REQUEST_SIZE
+        if count < FROM_FRAMES:
+            return super().decode(data)
+        words = np.frombuffer(data, np.uint64, 2 * count)
+        amounts, given = words[::2].byteswap(), words[1::2]
+        largest = int(amounts.max())
+        if largest < TABLE_SIZE:
+            good = self._table[amounts] == given
+        else:
+            good = self._table[np.minimum(amounts, TABLE_SIZE - 1)] == given
+            large = np.flatnonzero(amounts >= TABLE_SIZE)
+            good[large] = _hashed(amounts[large]) == given[large]
+        if largest > self.max_amount:
+            good &= amounts <= self.max_amount
+        if not good.all():
+            raise self._first_bad(data, amounts, int(good.argmin()))
+        return VectorBatch(amounts), data[count * REQUEST_SIZE :]
+
+    def _first_bad(self, data: bytes, amounts: Amounts, index: int) -> BadFrame:
+        """What the plain decoder says of the frame that is refused."""
+        frame = data[index * REQUEST_SIZE : (index + 1) * REQUEST_SIZE]
+        try:
+            self.verify(frame)
+        except BadFrame as bad:
+            bad.batch = VectorBatch(amounts[:index])
+            return bad
+        raise AssertionError(f"frame {frame.hex()} is refused in a batch and accepted alone")
+
+
+def _hashed(amounts: Amounts) -> Amounts:
+    """The checksums of amounts, in the byte order that frames have."""
+    if len(amounts) < TOGETHER_FROM:
+        return _hashed_singly(amounts)
+    text = _decimal_text(amounts)
+    lengths = _DIGITS - (text != ord("0")).argmax(axis=1)
+    lengths[amounts == 0] = 1
+    result = np.empty(len(amounts), np.uint64)
+    for length, count in enumerate(np.bincount(lengths)):
+        if count:
+            chosen = np.flatnonzero(lengths == length)
+            if count < TOGETHER_FROM:
+                result[chosen] = _hashed_singly(amounts[chosen])
+            else:
+                result[chosen] = _xxh64(np.ascontiguousarray(text[chosen, _DIGITS - length :]))
+    return result
+
+
+def _hashed_singly(amounts: Amounts) -> Amounts:
+    return np.frombuffer(b"".join(checksums(amounts.tolist())), np.uint64)
+
+
+def _decimal_text(amounts: Amounts) -> NDArray[np.uint8]:
+    """The amounts as ASCII, one a row, filled up with zeros from the left to 20 digits."""
+    text = np.empty((len(amounts), _DIGITS // 4), np.uint32)
+    rest = amounts
+    for column in range(_DIGITS // 4 - 1, -1, -1):
+        above = rest // np.uint64(10_000)  # numpy divides by a constant fast, in divmod it does not
+        text[:, column] = _FOUR_DIGITS[rest - above * np.uint64(10_000)]
+        rest = above
+    return text.view(np.uint8)
+
+
+_FOUR_DIGITS: Final[NDArray[np.uint32]] = np.frombuffer(
+    b"".join(b"%04d" % number for number in range(10_000)), np.uint32
+)
+
+
+def _xxh64(text: NDArray[np.uint8]) -> Amounts:
+    """XXH64 with seed 0 of each row, after its specification for inputs shorter than 32 bytes.
+
+    All rows have one length. In network order, as frames have it.
+    """
+    rows, length = text.shape
+    result: Any = np.full(rows, _PRIME_5 + np.uint64(length))
+    at = 0
+    while at + 8 <= length:
+        result ^= _round(_lanes(text, at, np.uint64))
+        result = _rotate(result, 27) * _PRIME_1 + _PRIME_4
+        at += 8
+    if at + 4 <= length:
+        result ^= _lanes(text, at, np.uint32).astype(np.uint64) * _PRIME_1
+        result = _rotate(result, 23) * _PRIME_2 + _PRIME_3
+        at += 4
+    for column in range(at, length):
+        result ^= text[:, column].astype(np.uint64) * _PRIME_5
+        result = _rotate(result, 11) * _PRIME_1
+    result ^= result >> np.uint64(33)
+    result *= _PRIME_2
+    result ^= result >> np.uint64(29)
+    result *= _PRIME_3
+    result ^= result >> np.uint64(32)
+    return result.byteswap()  # type: ignore[no-any-return]
+
+
+def _lanes(text: NDArray[np.uint8], at: int, kind: Any) -> Any:
+    """One little-endian word of each row, from byte `at` on."""
+    size = np.dtype(kind).itemsize
+    return np.ascontiguousarray(text[:, at : at + size]).view(kind)[:, 0]
+
+
+def _round(lane: Any) -> Any:
+    return _rotate(lane * _PRIME_2, 31) * _PRIME_1
+
+
+def _rotate(words: Any, bits: int) -> Any:
+    return (words << np.uint64(bits)) | (words >> np.uint64(64 - bits))
