@@ -2,8 +2,9 @@
 
 The life of a connection:
   1. accepted, it takes a worker: a Connection is a greenlet in the server's Pool, not yet started;
-  2. frames that arrive are served by a callback of the loop, on_readable: verify all, add once,
-     reply. Nothing in it waits, and no greenlet is switched for it;
+  2. frames that arrive are verified by a callback of the loop, on_readable, and join the Turn: what
+     all connections ask for in one turn of the loop is added once and then answered. Nothing in it
+     waits, and no greenlet is switched for it;
   3. the greenlet is started, or woken, for what must wait (replies that the kernel does not take)
      and for the end;
   4. at the end the worker is free. A peer that may still be sending gets FIN, and its socket
@@ -22,22 +23,29 @@ import fcntl
 import socket
 import termios
 import time
+from collections.abc import MutableSequence
 from typing import TYPE_CHECKING, Final
 
 import gevent
 from gevent.greenlet import Greenlet
 from gevent.timeout import Timeout
 
-from protocol import TOTAL_MASK, BadFrame, encode_total
+from counter import Counter
+from protocol import TOTAL_MASK, BadFrame, Batch, encode_total
 from slots import REQUESTS
 
 if TYPE_CHECKING:
     from server import CounterServer
 
-# A connection with one frame in flight reads 16 bytes: a small buffer is allocated faster. A read
-# that fills it is followed by large ones, whose 4,096 frames bound what is pending per connection.
-SMALL_READ: Final = 4096
+# A buffer of less than 480 bytes comes from Python's own allocator, 0.2 us sooner than one from the
+# heap. A read that fills it is followed by large ones for as long as there is much to read; their
+# 4,096 frames bound what is pending per connection.
+SMALL_READ: Final = 464
 LARGE_READ: Final = 65536
+
+# So many connections at most are read before they are answered: with thousands, the first would
+# have left the processor's cache by then.
+TURN_LENGTH: Final = 64
 
 # How long, and for how many bytes, a peer may go on sending after it was told that it will not be
 # answered and still see FIN rather than RST.
@@ -47,12 +55,59 @@ LINGER_BYTES: Final = 1 << 20
 READ, WRITE = 1, 2  # libev's event masks
 
 
+class Turn:
+    """What connections ask for in one turn of the loop: added once, then answered in order.
+
+    An addition to the total and to the slot is paid once for all connections that were readable
+    together, and reading them all before answering any keeps the processor in one piece of code:
+    with 40 connections a request costs a sixth less than if each is added and answered by itself.
+    """
+
+    __slots__ = ("_add", "_slot", "asked")
+
+    def __init__(self, counter: Counter, slot: MutableSequence[int]) -> None:
+        self._add = counter.add
+        self._slot = slot
+        # Of each connection: the sum of its frames, and their batch unless it is a single frame.
+        self.asked: list[tuple[Connection, int, Batch | None]] = []
+
+    def commit(self) -> None:
+        """Adds the sum of all that was asked, then replies to each.
+
+        Called by the loop before it waits, and by whoever acts on a connection in between.
+        """
+        asked = self.asked
+        if not asked:
+            return
+        self.asked = []
+        before = self._add(sum([amount for _, amount, _ in asked]))
+        self._slot[REQUESTS] += sum([1 if batch is None else len(batch) for _, _, batch in asked])
+        for connection, amount, batch in asked:
+            after = (before + amount) & TOTAL_MASK
+            connection.send(encode_total(after) if batch is None else batch.replies(before))
+            before = after
+
+
 class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs alone
     """One peer. The callback serves it; the greenlet waits for it and ends it.
 
     Serving: the watcher is active, the greenlet not started or parked. Awake: the watcher is
     stopped, the greenlet runs. `ending` is empty until the connection has to end, then the reason.
     """
+
+    # A slot is read in 3 ns; an attribute in the dictionary that Greenlet has takes 30.
+    __slots__ = (
+        "drain_bytes",
+        "ending",
+        "lingers",
+        "parked",
+        "read_size",
+        "rest",
+        "server",
+        "sock",
+        "unsent",
+        "watcher",
+    )
 
     def __init__(self, server: CounterServer, sock: _socket.socket) -> None:
         Greenlet.__init__(self)
@@ -70,10 +125,10 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
         self.watcher.start(self.on_readable)
 
     def on_readable(self) -> None:
-        """Serves what has arrived; runs in the loop and never waits.
+        """Takes what has arrived; runs in the loop and never waits.
 
         A peer that waits for each reply sends one whole frame at a time. That case is written out:
-        it takes 1.5 us beside its two system calls, where serve() takes 4.
+        1 us beside its two system calls, where the general way takes 4.
         """
         try:
             data = self.sock.recv(self.read_size)
@@ -81,27 +136,29 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             return
         except OSError:
             data = b""
-        server = self.server
-        amount = None if self.rest else server.table.get(data)
+        amount = None if self.rest else self.server.table.get(data)
         if amount is None:
             self.take(data)
         else:
-            before = server.add(amount)
-            server.slot[REQUESTS] += 1
-            self.send(encode_total((before + amount) & TOTAL_MASK))
-        if self.unsent or self.ending:
-            self.wake()
+            self.ask(amount, None)
+
+    def ask(self, amount: int, batch: Batch | None) -> None:
+        """Joins the turn; a long one is committed at once, while its sockets are in the cache."""
+        turn = self.server.turn
+        turn.asked.append((self, amount, batch))
+        if len(turn.asked) == TURN_LENGTH:
+            turn.commit()
 
     def take(self, data: bytes) -> None:
-        """Serves what was read, or notes that the peer has ended."""
+        """Takes frames that were read, or notes that the peer has ended."""
         if data:
-            self.read_size = LARGE_READ if len(data) >= self.read_size else SMALL_READ
-            self.serve(data)
+            self.read_size = LARGE_READ if len(data) >= SMALL_READ else SMALL_READ
+            self.decode(data)
         else:
             self.end("the peer is gone")
 
-    def serve(self, data: bytes) -> None:
-        """A frame's life: verify all, add once, then reply."""
+    def decode(self, data: bytes) -> None:
+        """Verifies all whole frames, which then join the turn, and keeps the rest."""
         started = bool(self.rest)
         if started:
             data = self.rest + data
@@ -112,9 +169,7 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             self.server.refused(bad.reason, str(bad))
             self.end(bad.reason, lingers=True)
         if batch:
-            before = self.server.add(batch.sum())
-            self.server.slot[REQUESTS] += len(batch)
-            self.send(batch.replies(before))
+            self.ask(batch.sum(), batch)
         if self.rest:
             if batch or not started:
                 self.server.incomplete[self] = time.monotonic()
@@ -132,14 +187,16 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             return
         if sent < len(replies):
             self.unsent = replies[sent:]
+            self.wake()
 
     def end(self, reason: str, lingers: bool = False) -> None:
-        """Marks the connection to be ended; `lingers` if its peer may still be sending.
+        """Has the greenlet end the connection; `lingers` if its peer may still be sending.
 
         The last word counts: a peer that is gone while it drains does not linger.
         """
         self.ending = reason
         self.lingers = lingers
+        self.wake()
 
     def wake(self) -> None:
         """Stops reading and lets the greenlet do what waits; without effect if it is awake."""
@@ -157,7 +214,6 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             fcntl.ioctl(self.sock.fileno(), termios.FIONREAD, waiting)
             self.drain_bytes = waiting[0]
             self.end("drain", lingers=True)
-            self.wake()
 
     def _run(self) -> None:
         try:
@@ -200,6 +256,7 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
 
         The deadline of an incomplete frame stands still meanwhile, since nothing is read.
         """
+        self.server.turn.commit()
         if not self.unsent:
             return
         frame_started_at = self.server.incomplete.pop(self, None)

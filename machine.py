@@ -6,6 +6,7 @@ Read from the kernel, never from options; nothing here knows what the program do
 from __future__ import annotations
 
 import os
+import re
 import resource
 from pathlib import Path
 from typing import Final
@@ -28,7 +29,9 @@ def available_cpus(cgroups: Path = _CGROUPS, own_cgroups: Path = _OWN_CGROUPS) -
     """
     cpus = float(len(os.sched_getaffinity(0)))
     for directory in _own_cgroup_directories(cgroups, own_cgroups):
-        quota = _quota_v2(directory) or _quota_v1(directory)
+        quota = _read_quota(directory, "cpu.max") or _read_quota(
+            directory, "cpu.cfs_quota_us", "cpu.cfs_period_us"
+        )
         if quota:
             cpus = min(cpus, quota)
     return cpus
@@ -40,36 +43,28 @@ def _own_cgroup_directories(cgroups: Path, own_cgroups: Path) -> list[Path]:
     In a container without a cgroup namespace the path is the host's, and only its top exists here.
     """
     try:
-        lines = own_cgroups.read_text().splitlines()
+        own = os.fsdecode(own_cgroups.read_bytes())
     except OSError:
         return []
     directories = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    for controllers, path in re.findall(r"^\d+:([^:\n]*):/*(.*)$", own, re.MULTILINE):
         if controllers:
             if "cpu" not in controllers.split(","):
                 continue
             roots = [cgroups / controllers, cgroups / "cpu"]
         else:
             roots = [cgroups, cgroups / "unified"]
-        relative = Path(path.lstrip("/"))
+        relative = Path(path)
         for root in roots:
             directories += [root / part for part in (relative, *relative.parents)]
     return directories
 
 
-def _quota_v2(directory: Path) -> float | None:
+def _read_quota(directory: Path, *names: str) -> float | None:
+    """CPUs by the quota and the period in the files of these names; None if they set no limit."""
     try:
-        quota, period = (directory / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
+        quota, period = " ".join((directory / name).read_text() for name in names).split()
+        cpus = int(quota) / int(period)
+    except (OSError, ValueError, ArithmeticError):  # "max" is no number
         return None
-
-
-def _quota_v1(directory: Path) -> float | None:
-    try:
-        quota = int((directory / "cpu.cfs_quota_us").read_text())
-        period = int((directory / "cpu.cfs_period_us").read_text())
-        return quota / period if quota > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
+    return cpus if cpus > 0 else None

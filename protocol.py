@@ -101,6 +101,33 @@ class Batch:
         return _reply_struct(len(totals) - 1).pack(*totals[1:])
 
 
+class UniformBatch(Batch):
+    """A Batch of one amount over and over: most counters count ones."""
+
+    __slots__ = ("amount", "count")
+
+    def __init__(self, amount: int, count: int) -> None:
+        self.amount = amount
+        self.count = count
+
+    @property
+    def amounts(self) -> Sequence[int]:  # type: ignore[override]
+        return [self.amount] * self.count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sum(self) -> int:
+        return self.amount * self.count
+
+    def replies(self, before: int) -> bytes:
+        last = before + self.amount * self.count
+        if last > TOTAL_MASK or not self.amount:
+            return super().replies(before)
+        totals = range(before + self.amount, last + 1, self.amount)
+        return _reply_struct(self.count).pack(*totals)
+
+
 class Decoder:
     """Turns what a peer sent into batches; one serves any number of connections.
 
@@ -124,18 +151,36 @@ class Decoder:
         if left:
             rest = data[-left:]
             data = data[:-left]
+        if not data:
+            return Batch(()), rest
+        return self.decode_whole(data), rest
+
+    def decode_whole(self, data: bytes) -> Batch:
+        """The batch of one or more whole frames; BadFrame as decode() raises it."""
+        frame = data[:REQUEST_SIZE]
+        count = len(data) // REQUEST_SIZE
+        # Comparing 1,024 frames takes 1 us; the end, looked at first, settles most that differ.
+        if data.endswith(frame) and data == frame * count:
+            amount = self.table.get(frame)
+            return self.uniform(self.verify(frame) if amount is None else amount, count)
+        return self.decode_mixed(data)
+
+    def uniform(self, amount: int, count: int) -> Batch:
+        """The batch of frames that are all alike."""
+        return UniformBatch(amount, count)
+
+    def decode_mixed(self, data: bytes) -> Batch:
+        """The batch of whole frames, each looked up or verified."""
         try:
-            return Batch([*map(self.table.__getitem__, _split(data))]), rest
+            return Batch([*map(self.table.__getitem__, _split(data))])
         except KeyError:
-            return Batch(self._verify_all(data)), rest
+            return Batch(self._verify_all(data))
 
     def verify(self, frame: bytes) -> int:
         """The amount of one frame of 16 bytes; BadFrame, with an empty batch, if it is bad."""
         amount, checksum = _FRAME.unpack(frame)
         if checksum != xxh64_digest(b"%d" % amount):
-            raise BadFrame(
-                "checksum", f"frame {frame.hex()}: the checksum is not that of {amount}"
-            )
+            raise BadFrame("checksum", f"frame {frame.hex()}: the checksum is not that of {amount}")
         if amount > self.max_amount:
             raise BadFrame("limit", f"amount {amount} is above the limit of {self.max_amount}")
         return int(amount)
@@ -193,12 +238,16 @@ def parse_address(text: str, default_host: str = "127.0.0.1") -> tuple[str, int]
     >>> parse_address("[::1]:8080")
     ('::1', 8080)
     """
+    if "://" in text:
+        raise AddressError(f"address {text!r}: write HOST:PORT, without a scheme")
+    if text.strip().endswith("]"):
+        raise AddressError(f"address {text!r}: the port is missing, as in [::1]:8080")
     host, _, port = text.strip().rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
         raise AddressError(f"address {text!r}: write IPv6 in brackets, as [::1]:8080")
-    if not (port.isascii() and port.isdecimal() and int(port) <= 65535):
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= 65535):
         raise AddressError(f"address {text!r}: the port is not a number of 0 to 65535")
     return host or default_host, int(port)
 

@@ -44,7 +44,8 @@ def judge(result: Result) -> Verdict:
     Beyond that only equality modulo 2^64 says something, and only if nobody else was adding.
     """
     if result.wrong:
-        return Verdict("wrong", f"{result.wrong:,} impossible totals: {result.wrong_examples[0]}")
+        reason = ": ".join([f"{result.wrong:,} impossible totals", *result.wrong_examples[:1]])
+        return Verdict("wrong", reason)
     if result.total_before is None or result.total_after is None:
         return Verdict("not checked", "the server's total could not be read before and after")
     grown = (result.total_after - result.total_before) & TOTAL_MASK
@@ -52,7 +53,10 @@ def judge(result: Result) -> Verdict:
         return Verdict("ok", f"the total grew by exactly the {result.answered_sum:,} answered")
     if result.answered_sum + result.unknown_sum >= CHECKABLE_SUM or not result.rises_checked:
         return Verdict("not checked", "more than 2^63 was sent, and others may have added too")
-    if grown < result.answered_sum or grown >= CHECKABLE_SUM:
+    if grown >= CHECKABLE_SUM:
+        fall = f"from {result.total_before:,} to {result.total_after:,}"
+        return Verdict("wrong", f"the total fell {fall}")
+    if grown < result.answered_sum:
         return Verdict(
             "wrong", f"the total grew by {grown:,}, less than the {result.answered_sum:,} answered"
         )
@@ -67,20 +71,23 @@ def judge(result: Result) -> Verdict:
 
 
 def exit_code(result: Result) -> int:
-    """The client's exit code after a run: the first of 4, 5 and 130 that applies, or 0."""
+    """The client's exit code after a run: the first of 4, 5 and 130 that applies, or 0.
+
+    An interrupt alone makes no error and no unknown outcome: what is outstanding is waited for.
+    """
     if judge(result).word == "wrong":
         return EXIT_WRONG_TOTALS
-    if result.interrupted:
-        return EXIT_INTERRUPTED
-    return EXIT_ERRORS if result.errors or result.unknown else 0
+    if result.errors or result.unknown:
+        return EXIT_ERRORS
+    return EXIT_INTERRUPTED if result.interrupted else 0
 
 
 def format_ns(time_ns: float) -> str:
     """A time with three digits and the unit that suits it."""
     for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
-        if time_ns >= size:
-            return f"{time_ns / size:.3g} {unit}"
-    return f"{time_ns:.0f} ns"
+        if time_ns >= 0.9995 * size:  # of which three digits are a whole unit
+            return f"{float(f'{time_ns / size:.3g}'):g} {unit}"  # :g writes no 2e+03
+    return f"{time_ns:.3g} ns"
 
 
 def format_s(seconds: float) -> str:
@@ -127,7 +134,7 @@ def lines(result: Result) -> list[str]:
 
 
 def as_json(result: Result, settings: ClientSettings) -> str:
-    """The report for programs; docs/operations.md has the meaning of each name.
+    """The report for programs. Names with a unit say it; README.md explains the others.
 
     Totals and sums are text, because many JSON readers end at 2^53.
     """

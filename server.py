@@ -26,7 +26,7 @@ from gevent.event import Event
 from gevent.pool import Pool
 from gevent.server import StreamServer
 
-from connection import Connection, Linger
+from connection import Connection, Linger, Turn
 from counter import Counter, MemoryCounter, make_shared_counter
 from log import LimitedLog, configure_log
 from machine import available_cpus, raise_descriptor_limit
@@ -80,7 +80,6 @@ class CounterServer(StreamServer):
         index: int = 0,
     ) -> None:
         self.hub = gevent.get_hub()
-        self.add = counter.add
         decoder = make_decoder(settings.max_increment)
         self.table, self.decode = decoder.table, decoder.decode
         self.frame_timeout_s = settings.frame_timeout_s
@@ -88,6 +87,7 @@ class CounterServer(StreamServer):
         self.slots = Slots(1) if slots is None else slots
         self.index = index
         self.slot = self.slots[index]
+        self.turn = Turn(counter, self.slot)
         self.incomplete: dict[Connection, float] = {}  # since when a frame is waited for
         self.lingering: set[Linger] = set()
         self.limited_log = LimitedLog(_log)
@@ -99,6 +99,7 @@ class CounterServer(StreamServer):
         super().__init__(listener, spawn=Pool(workers))
         sweep_s = max(0.01, min(SWEEP_S, self.frame_timeout_s / 4))
         self._sweeper = self.loop.timer(sweep_s, sweep_s)
+        self._before_waiting = self.loop.prepare()
 
     def start(self) -> None:
         """Starts to serve; gives back at once."""
@@ -107,6 +108,7 @@ class CounterServer(StreamServer):
         # 40 ms for the acknowledgement of the one before (Nagle's algorithm and delayed ACK).
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sweeper.start(self._sweep)
+        self._before_waiting.start(self.turn.commit)
         self.slot[WORKERS] = self.pool.size
 
     def do_read(self) -> tuple[_socket.socket, Any] | None:  # type: ignore[override]
@@ -189,7 +191,6 @@ class CounterServer(StreamServer):
             if now - started_at >= self.frame_timeout_s:
                 self.refused("incomplete", f"a frame stopped after {len(connection.rest)} bytes")
                 connection.end("incomplete", lingers=True)
-                connection.wake()
         for linger in [linger for linger in self.lingering if now >= linger.until]:
             linger.close()
         if not self._closing and self.pool.full():
@@ -224,6 +225,7 @@ class CounterServer(StreamServer):
         for linger in list(self.lingering):
             linger.close()
         self._sweeper.close()
+        self._before_waiting.close()
         self.limited_log.flush()
 
     def _join(self, connections: Sequence[Connection]) -> None:

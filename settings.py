@@ -4,8 +4,10 @@ A field of ServerSettings or ClientSettings is the whole declaration of an optio
 alias, environment variable, config file key, help, default and check are made from it. What leaves
 this module is one frozen record; nothing else parses text or reads the environment.
 
-Command line beats environment beats config file beats default. An unknown key is an error wherever
-it stands, and abbreviations are not accepted: a misspelt limit must not be a missing limit.
+Command line beats environment beats config file beats default. An unknown argument and an unknown
+key of the config file are errors, and abbreviations are not accepted: a misspelt limit must not be
+a missing limit. Variables of the environment that no option has are not looked at, because
+container engines set variables of their own under any prefix.
 """
 
 from __future__ import annotations
@@ -17,17 +19,27 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, NoReturn, TypeVar
+from decimal import Decimal
+from fractions import Fraction
+from functools import partial
+from typing import Any, Final, NoReturn, TextIO, TypeVar
 
 import configargparse
+from configargparse import ConfigFileParserException
 
 from protocol import MAX_AMOUNT, AddressError, format_address, parse_address
 
 EXIT_USAGE: Final = 2
 
-_DURATION: Final = re.compile(r"(\d+\.?\d*|\.\d+)\s*(ms|s|m|h|)")
-_SECONDS: Final = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION: Final = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*(ms|s|m|h|)")
+_MILLISECONDS: Final = {"ms": 1, "s": 1000, "": 1000, "m": 60_000, "h": 3_600_000}
+
+# A year: the kernel's clocks take it, and whoever writes more has mistaken the unit.
+LONGEST_S: Final = 365 * 24 * 3600
+
+_ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 @dataclass(frozen=True)
@@ -53,13 +65,13 @@ class Address:
 
 
 class Seconds(float):
-    """A length of time in seconds that prints as it is written: 500ms, 5s, 2m."""
+    """A length of time in seconds that prints as it is written: 500ms, 5s, 2m; read back equal."""
 
     def __str__(self) -> str:
         for unit, seconds in (("h", 3600), ("m", 60), ("s", 1)):
-            if self >= seconds and (self / seconds).is_integer():
-                return f"{int(self / seconds)}{unit}"
-        return f"{self * 1000:g}ms" if self < 1 else f"{float(self):g}s"
+            if self >= seconds and self % seconds == 0:
+                return f"{int(self) // seconds}{unit}"
+        return f"{self!r}s" if self > 1 else f"{(Decimal(repr(self)) * 1000).normalize():f}ms"
 
 
 def parse_whole(minimum: int, maximum: int = MAX_AMOUNT) -> Callable[[str], int]:
@@ -67,13 +79,24 @@ def parse_whole(minimum: int, maximum: int = MAX_AMOUNT) -> Callable[[str], int]
 
     def parse(text: str) -> int:
         digits = text.strip().replace(",", "").replace("_", "")
-        if not (digits.isascii() and digits.isdecimal() and minimum <= int(digits) <= maximum):
+        # Twenty digits are 2^64 and above; int() refuses thousands of them in words of its own.
+        if not (re.fullmatch("[0-9]{1,20}", digits) and minimum <= int(digits) <= maximum):
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not a whole number of {minimum} to {maximum}"
             )
         return int(digits)
 
     return parse
+
+
+def parse_host(text: str) -> str:
+    """A host name or IP address to listen on."""
+    if not text.strip():
+        # To the system an empty host is every interface.
+        raise argparse.ArgumentTypeError(
+            "the host is empty; write 127.0.0.1 to serve this machine, 0.0.0.0 to serve others too"
+        )
+    return text
 
 
 def parse_port(text: str) -> int:
@@ -98,18 +121,19 @@ def parse_server_address(text: str) -> Address:
 
 
 def parse_seconds(minimum_s: float) -> Callable[[str], Seconds]:
-    """A reader of durations (`500ms`, `5s`, `2m`, `1h`, plain seconds) of at least `minimum_s`."""
+    """A reader of durations (`500ms`, `5s`, `2m`, `1h`, plain seconds) of `minimum_s` to a year."""
 
     def parse(text: str) -> Seconds:
         match = _DURATION.fullmatch(text.strip().lower())
-        if not match:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a duration; write 500ms, 5s, 2m or plain seconds"
-            )
-        seconds = Seconds(float(match[1]) * _SECONDS[match[2]])
-        if seconds < minimum_s:
-            raise argparse.ArgumentTypeError(f"{text!r} is below {Seconds(minimum_s)}")
-        return seconds
+        if match:
+            # Decimal, here and in Seconds, so that what is printed is read back equal.
+            seconds = Seconds(Decimal(match[1]) * _MILLISECONDS[match[2]] / 1000)
+            if minimum_s <= seconds <= LONGEST_S:
+                return seconds
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a duration of {Seconds(minimum_s)} to {Seconds(LONGEST_S)}; "
+            "write 500ms, 5s, 2m or plain seconds"
+        )
 
     return parse
 
@@ -142,9 +166,18 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_switch(text: str) -> bool:
+    """`true` or `false`, or another pair of such words."""
+    return parse_choice(*_ON, *_OFF)(text) in _ON
+
+
 def masked(text: str) -> str:
-    """The text with the password of every URL in it shown as `***`."""
-    return re.sub(r"(\w+://[^/\s:@]*):[^/\s]*@", r"\1:***@", text)
+    """The text with the password of every URL in it, before its host or in its query, as `***`.
+
+    A password that should have been escaped is hidden too, if need be with what stands behind it.
+    """
+    text = re.sub(r"(?s)(\w+://[^/\s:@]*):((?!\s\w+://).)*@", r"\1:***@", text)
+    return re.sub(r"(?i)([?&]password=)[^&'\"]*", r"\1***", text)
 
 
 def option(
@@ -188,6 +221,7 @@ class ServerSettings:
         _LISTEN,
         "interface to listen on; 0.0.0.0 serves other machines",
         default="127.0.0.1",
+        parse=parse_host,
         metavar="HOST",
     )
     port: int = option(
@@ -281,7 +315,9 @@ class ServerSettings:
 
     def workers(self, cpus: float) -> int:
         """How many connections are served at once: ceil(CPUs × multiplier)."""
-        return math.ceil(cpus * self.multiplier)
+        # 0.07 CPUs × 100 are 7, and a little more in floating point. The kernel's periods, which
+        # divide the quota, are of at most a million microseconds.
+        return math.ceil(Fraction(cpus).limit_denominator(1_000_000) * self.multiplier)
 
     def process_count(self, cpus: float) -> int:
         """How many processes serve, 0 for this very one: never more than there are workers."""
@@ -368,7 +404,14 @@ class ClientSettings:
         shown_default="one per whole CPU",
     )
     add: int | None = option("--add", _ONCE, "add N once and print the total", parse=parse_whole(0))
-    read: bool = option("--read", _ONCE, "print the total and end", default=False)
+    read: bool = option(
+        "--read",
+        _ONCE,
+        "print the total and end",
+        default=False,
+        parse=parse_switch,
+        metavar="true|false",
+    )
     json: str | None = option(
         "--json",
         _REPORT,
@@ -409,6 +452,8 @@ _EPILOGS: Final = {
 """,
 }
 
+_ARGUMENTS: Final = "command line"
+
 S = TypeVar("S", ServerSettings, ClientSettings)
 
 
@@ -429,11 +474,7 @@ def read_settings(
     args = list(sys.argv[1:] if arguments is None else arguments)
     prefix = f"COUNTER_{program.removesuffix('.py').upper()}_"
     parser = _make_parser(record, program, description, prefix)
-    parser.env = env
-    try:
-        values, unknown = parser.parse_known_args(args, env_vars=env)
-    except OSError as error:
-        parser.error(f"config file {error.filename}: {error.strerror}")
+    values, unknown = parser.parse_known_args(args, env_vars=env)
     if unknown:
         parser.refuse_unknown(unknown)
     settings = record(**{f.name: getattr(values, f.name) for f in fields(record)})
@@ -443,19 +484,40 @@ def read_settings(
     return settings
 
 
+class _ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
+    """ConfigArgParse's format, line by line, so that an error has its line; no value is a list."""
+
+    def parse(self, stream: TextIO) -> dict[str, str]:
+        """The text of each key; ConfigFileParserException, with the file's name, if it has none."""
+        try:
+            lines = stream.readlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigFileParserException(f"config file {stream.name}: {error}") from None
+        items: dict[str, str] = {}
+        for number, line in enumerate(lines, 1):
+            with suppress(ConfigFileParserException):
+                item = super().parse([line])
+                if list not in map(type, item.values()):
+                    items.update(item)
+                    continue
+            raise ConfigFileParserException(
+                f"config file {stream.name}, line {number}: write it as key = value, without a list"
+            )
+        return items
+
+
 class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
     """ConfigArgParse, with errors of one line that say where a bad value came from."""
 
-    env: dict[str, str]
-
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit code 2."""
+        origins = self.origins()
         for action in self._actions:
-            variable = getattr(action, "env_var", None)
-            name = "/".join(action.option_strings)
-            if variable in self.env and message.startswith(f"argument {name}:"):
-                message = f"{message} (see the environment variable {variable})"
-        sys.stderr.write(f"{self.prog}: {masked(message)}; {self.prog} --help lists all options\n")
+            name, origin = "/".join(action.option_strings), origins.get(action.dest, _ARGUMENTS)
+            if message.startswith(f"argument {name}:") and origin != _ARGUMENTS:
+                message += f" (from {origin})"
+        message = _one_line(masked(message))
+        sys.stderr.write(f"{self.prog}: {message}; {self.prog} --help lists all options\n")
         sys.exit(EXIT_USAGE)
 
     def refuse_unknown(self, unknown: list[str]) -> NoReturn:
@@ -466,6 +528,23 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
                     path = source.partition("|")[2]
                     self.error(f"config file {path}: unknown key {key!r}{self._nearest(key)}")
         self.error(f"unknown argument {unknown[0]}{self._nearest(unknown[0])}")
+
+    def origins(self) -> dict[str, str]:
+        """Where each value that is not a default was read, by the name of its field."""
+        origins: dict[str, str] = {}
+        for source, found in self.get_source_to_settings_dict().items():
+            kind, _, path = source.partition("|")
+            for key, (action, value) in found.items():
+                if kind == "environment_variables":
+                    origins[action.dest] = f"environment {key}"
+                elif kind == "config_file" and action is not None:
+                    origins[action.dest] = f"file {path}"
+                elif kind == "command_line":
+                    given = {argument.partition("=")[0] for argument in value}
+                    for act in self._actions:
+                        if given & set(act.option_strings):
+                            origins[act.dest] = _ARGUMENTS
+        return origins
 
     def _nearest(self, name: str) -> str:
         known = [text.lstrip("-") for action in self._actions for text in action.option_strings]
@@ -480,6 +559,8 @@ def _make_parser(record: type[S], program: str, description: str, prefix: str) -
         epilog=_EPILOGS[record],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        config_file_parser_class=_ConfigFile,
+        config_file_open_func=partial(open, encoding="utf-8"),
         add_config_file_help=False,
         add_env_var_help=True,
     )
@@ -491,16 +572,17 @@ def _make_parser(record: type[S], program: str, description: str, prefix: str) -
         kebab = re.sub(r"([A-Z])", r"-\1", meta["flag"]).lower()
         names = [meta["flag"]] if kebab == meta["flag"] else [meta["flag"], kebab]
         shown = f" (default: {meta['shown_default']})" if meta["shown_default"] else ""
-        common = {
-            "dest": declared.name,
-            "default": declared.default,
-            "help": (meta["description"] + shown).replace("%", "%%"),
-            "env_var": prefix + kebab.lstrip("-").replace("-", "_").upper(),
-        }
-        if declared.default is False:
-            group.add_argument(*names, action="store_true", **common)
-        else:
-            group.add_argument(*names, type=meta["parse"], metavar=meta["metavar"], **common)
+        switch = {"nargs": "?", "const": True} if declared.default is False else {}
+        group.add_argument(
+            *names,
+            dest=declared.name,
+            default=declared.default,
+            type=meta["parse"],
+            metavar=meta["metavar"],
+            help=(meta["description"] + shown).replace("%", "%%"),
+            env_var=prefix + kebab.lstrip("-").replace("-", "_").upper(),
+            **switch,
+        )
     running = groups[_RUN]
     running.add_argument(
         "--config",
@@ -521,19 +603,7 @@ def _make_parser(record: type[S], program: str, description: str, prefix: str) -
 
 def _config_lines(parser: _Parser, settings: ServerSettings | ClientSettings) -> list[str]:
     """Every value as a line that a config file takes, with its origin behind it."""
-    origins: dict[str, str] = {}
-    for source, found in parser.get_source_to_settings_dict().items():
-        kind, _, path = source.partition("|")
-        for key, (action, _) in found.items():
-            if kind == "environment_variables":
-                origins[action.dest] = f"environment {key}"
-            elif kind == "config_file":
-                origins[action.dest] = f"file {path}"
-            elif kind == "command_line":
-                given = {argument.partition("=")[0] for argument in _}
-                for act in parser._actions:
-                    if given & set(act.option_strings):
-                        origins[act.dest] = "command line"
+    origins = parser.origins()
     lines = []
     for declared in fields(settings):
         key, value = declared.metadata["flag"].lstrip("-"), getattr(settings, declared.name)
@@ -541,6 +611,17 @@ def _config_lines(parser: _Parser, settings: ServerSettings | ClientSettings) ->
         if value is None:
             lines.append(f"# {key} is not set  # {origin}")
         else:
-            text = str(value).lower() if isinstance(value, bool) else masked(str(value))
+            text = str(value).lower() if isinstance(value, bool) else _quoted(masked(str(value)))
             lines.append(f"{key} = {text}  # {origin}")
-    return lines
+    return [_one_line(line) for line in lines]
+
+
+def _quoted(text: str) -> str:
+    """The text as a value of a config file, in quotes if it would be read otherwise without."""
+    quote = "'" if '"' in text else '"'
+    return text if re.fullmatch(r"[^\s#;'\"]+", text) else f"{quote}{text}{quote}"
+
+
+def _one_line(text: str) -> str:
+    """The text with what does not print, line ends among it, as Python writes it."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol import MAX_AMOUNT, REQUEST_SIZE, BadFrame, Batch, Decoder, checksums
+from protocol import MAX_AMOUNT, REQUEST_SIZE, BadFrame, Batch, Decoder, UniformBatch, checksums
 
 Amounts = NDArray[np.uint64]
 
@@ -45,10 +45,11 @@ _DIGITS: Final = 20  # of the longest amount
 class VectorBatch(Batch):
     """A Batch whose amounts are an array."""
 
-    __slots__ = ("_array",)
+    __slots__ = ("_array", "_steps")
 
     def __init__(self, array: Amounts) -> None:
         self._array = array
+        self._steps = array.cumsum()
 
     @property
     def amounts(self) -> list[int]:  # type: ignore[override]
@@ -60,12 +61,23 @@ class VectorBatch(Batch):
 
     def sum(self) -> int:
         """The sum modulo 2^64, which is all that an addition needs of it."""
-        return int(self._array.sum())
+        return int(self._steps[-1]) if len(self._steps) else 0
 
     def replies(self, before: int) -> bytes:
-        totals = self._array.cumsum()
+        totals = self._steps + np.uint64(before)
+        return totals.byteswap(inplace=True).tobytes()
+
+
+class VectorUniformBatch(UniformBatch):
+    """A deep UniformBatch."""
+
+    __slots__ = ()
+
+    def replies(self, before: int) -> bytes:
+        totals = np.arange(1, self.count + 1, dtype=np.uint64)
+        totals *= np.uint64(self.amount)
         totals += np.uint64(before)
-        return totals.byteswap().tobytes()
+        return totals.byteswap(inplace=True).tobytes()
 
 
 class VectorDecoder(Decoder):
@@ -75,24 +87,27 @@ class VectorDecoder(Decoder):
         super().__init__(max_amount)
         self._table = _hashed(np.arange(TABLE_SIZE, dtype=np.uint64))
 
-    def decode(self, data: bytes) -> tuple[Batch, bytes]:
-        count = len(data) // REQUEST_SIZE
-        if count < FROM_FRAMES:
-            return super().decode(data)
-        words = np.frombuffer(data, np.uint64, 2 * count)
+    def uniform(self, amount: int, count: int) -> Batch:
+        batch = UniformBatch if count < FROM_FRAMES else VectorUniformBatch
+        return batch(amount, count)
+
+    def decode_mixed(self, data: bytes) -> Batch:
+        if len(data) < FROM_FRAMES * REQUEST_SIZE:
+            return super().decode_mixed(data)
+        words = np.frombuffer(data, np.uint64)
         amounts, given = words[::2].byteswap(), words[1::2]
         largest = int(amounts.max())
         if largest < TABLE_SIZE:
-            good = self._table[amounts] == given
+            good = self._table.take(amounts.view(np.int64)) == given
         else:
-            good = self._table[np.minimum(amounts, TABLE_SIZE - 1)] == given
+            good = self._table.take(np.minimum(amounts, TABLE_SIZE - 1).view(np.int64)) == given
             large = np.flatnonzero(amounts >= TABLE_SIZE)
             good[large] = _hashed(amounts[large]) == given[large]
         if largest > self.max_amount:
             good &= amounts <= self.max_amount
         if not good.all():
             raise self._first_bad(data, amounts, int(good.argmin()))
-        return VectorBatch(amounts), data[count * REQUEST_SIZE :]
+        return VectorBatch(amounts)
 
     def _first_bad(self, data: bytes, amounts: Amounts, index: int) -> BadFrame:
         """What the plain decoder says of the frame that is refused."""

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from harness import (
     ROOT,
     Command,
@@ -22,7 +23,6 @@ from harness import (
     receive_exactly,
     wait_until,
 )
-
 from protocol import encode_total
 
 

@@ -4,17 +4,62 @@ from __future__ import annotations
 
 import mmap
 import struct
+import sys
 from collections.abc import Callable
+from typing import NoReturn
 
+import cffi
 import pytest
-from counter_contract import CounterContract, SharedCounterContract
 
-from counter import Counter, MemoryCounter
+from counter import AtomicCounter, Counter, LockedCounter, MemoryCounter, make_shared_counter
+from counter_contract import CounterContract, SharedCounterContract
 
 
 class TestMemoryCounter(CounterContract):
     def make_counter(self, start: int) -> Counter:
         return MemoryCounter(start)
+
+
+class TestAtomicCounter(SharedCounterContract):
+    def share_counter(self, start: int) -> Callable[[], Counter]:
+        counter = AtomicCounter(start)
+        return lambda: counter
+
+
+class TestLockedCounter(SharedCounterContract):
+    """Its lock is a process's: it tells processes apart, which the contract forks, not threads."""
+
+    def share_counter(self, start: int) -> Callable[[], Counter]:
+        counter = LockedCounter(start)
+        return lambda: counter
+
+
+def test_a_shared_counter_is_an_atomic_one() -> None:
+    counter = make_shared_counter(5)
+    assert isinstance(counter, AtomicCounter)
+    assert counter.total() == 5
+
+
+def test_without_libatomic_a_shared_counter_is_a_locked_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(ffi: cffi.FFI, name: str) -> NoReturn:
+        raise OSError(f"cannot load library '{name}'")
+
+    monkeypatch.setattr(cffi.FFI, "dlopen", fail)
+    check_that_a_shared_counter_is_a_locked_one()
+
+
+def test_without_cffi_a_shared_counter_is_a_locked_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cffi", None)
+    check_that_a_shared_counter_is_a_locked_one()
+
+
+def check_that_a_shared_counter_is_a_locked_one() -> None:
+    counter = make_shared_counter(5)
+    assert isinstance(counter, LockedCounter)
+    assert (counter.add(1), counter.total()) == (5, 6)
+    counter.close()
 
 
 def test_a_memory_counter_starts_from_nothing() -> None:

@@ -12,9 +12,9 @@ import time
 from itertools import chain
 
 import pytest
-from harness import ROOT, ScriptedServer, ServerCommand, receive_exactly
 
 from client import ConnectError, CounterClient, CounterError, OutcomeUnknown
+from harness import ROOT, ScriptedServer, ServerCommand, receive_exactly
 from protocol import AmountError, encode_frame, encode_total, parse_address
 
 

@@ -150,6 +150,7 @@ def test_the_smaller_of_affinity_and_quota_counts(
         "0 0",
         "-1 100000",
         "100000 -1",
+        "1" + "0" * 400 + " 1",
     ],
 )
 def test_a_quota_of_version_2_that_cannot_be_read_is_no_quota(text: str, tmp_path: Path) -> None:
@@ -173,6 +174,11 @@ def test_one_unreadable_quota_does_not_hide_the_others(tmp_path: Path) -> None:
     (tmp_path / "cgroup/a/cpu.max").write_text("200000 100000\n")
     (tmp_path / "own").write_text("0::/a/b\n")
     assert available_cpus(tmp_path / "cgroup", tmp_path / "own") == 2
+
+
+def test_garbage_does_not_hide_the_cgroups_beside_it(tmp_path: Path) -> None:
+    own = b"garbage\n1:name:\xff\n0::/\xff\n\n"
+    assert count_cpus(tmp_path, own, {"cpu.max": "200000 100000\n"}) == 2
 
 
 def test_own_cgroups_that_cannot_be_read_are_none(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from functools import partial
 
 import pytest
+
+from client import ConnectError, CounterClient, OutcomeUnknown
 from harness import (
     PATIENCE_S,
     ROOT,
@@ -23,8 +25,6 @@ from harness import (
     peers,
     wait_until,
 )
-
-from client import ConnectError, CounterClient, OutcomeUnknown
 from prefork import split_evenly
 
 

@@ -529,6 +529,23 @@ def test_what_is_no_address_is_refused_and_named(text: str) -> None:
     assert repr(text) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("::1:8080", "write IPv6 in brackets, as [::1]:8080"),
+        ("[::1]", "the port is missing, as in [::1]:8080"),
+        (" [fe80::1] ", "the port is missing"),
+        ("http://host:80", "write HOST:PORT, without a scheme"),
+        ("http://[::1]", "write HOST:PORT, without a scheme"),
+        ("host:65536", "the port is not a number of 0 to 65535"),
+    ],
+)
+def test_a_refused_address_comes_with_advice(text: str, advice: str) -> None:
+    with pytest.raises(AddressError) as caught:
+        parse_address(text)
+    assert advice in str(caught.value)
+
+
 @PROPERTY
 @given(
     host=st.ip_addresses().map(str)

@@ -21,8 +21,8 @@ PERCENTS = [0, 1, 50, 90, 99, 99.9, 100]
 # Of every magnitude alike, and next to the edges of buckets.
 times_ns = (
     st.integers(0, 300)
-    | st.integers(0, 2**41 - 1)
-    | st.builds(lambda bits, by: max(0, (1 << bits) + by), st.integers(0, 40), st.integers(-2, 2))
+    | st.integers(0, 2**42 - 1)
+    | st.builds(lambda bits, by: max(0, (1 << bits) + by), st.integers(0, 41), st.integers(-2, 2))
 )
 
 
@@ -49,7 +49,7 @@ def same_histogram(one: Histogram, other: Histogram) -> bool:
 @PROPERTY
 @given(times_ns)
 def test_a_recorded_time_is_known_to_within_one_part_in_128(time_ns: int) -> None:
-    histogram = record_all([time_ns, 2**41 - 1])  # a larger one, so that the maximum hides nothing
+    histogram = record_all([time_ns, 2**42 - 1])  # a larger one, so that the maximum hides nothing
     known = histogram.percentile_ns(50)
     assert time_ns <= known
     assert (known - time_ns) * 128 <= time_ns
@@ -61,7 +61,7 @@ def test_a_time_below_256_ns_is_known_exactly(time_ns: int) -> None:
 
 
 def test_every_doubling_has_128_buckets() -> None:
-    for bits in range(7, 41):
+    for bits in range(7, 42):
         size = 1 << (bits - 7)
         edges = range(1 << bits, 2 << bits, size)
         histogram = record_all(edges)
@@ -75,6 +75,15 @@ def test_the_longest_time_fills_the_last_bucket() -> None:
     histogram = record_all([2**42 - 1])
     assert histogram.percentile_ns(100) == 2**42 - 1
     assert histogram.counts[-1] == 1
+
+
+@pytest.mark.parametrize("time_ns", [2**42, 2**43, 2**63])
+def test_a_time_beyond_the_range_is_counted_in_the_last_bucket(time_ns: int) -> None:
+    histogram = record_all([2**42 - 1, time_ns])
+    histogram.record(time_ns, 2)
+    assert histogram.counts[-1] == len(histogram) == 4
+    assert histogram.percentile_ns(50) == histogram.max_ns == time_ns
+    assert histogram.mean_ns() == (2**42 - 1 + 3 * time_ns) / 4
 
 
 @PROPERTY
@@ -184,6 +193,12 @@ def test_wrong_totals_are_all_counted_and_a_few_described() -> None:
 @pytest.mark.parametrize("checked", [(True, True), (True, False), (False, True), (False, False)])
 def test_rises_were_checked_only_if_every_process_did(checked: tuple[bool, bool]) -> None:
     assert merged(Result(rises_checked=one) for one in checked).rises_checked is all(checked)
+
+
+def test_what_belongs_to_the_whole_run_is_not_merged() -> None:
+    whole = merged([Result(total_before=1, total_after=2, processes=3, interrupted=True)])
+    assert (whole.total_before, whole.total_after) == (None, None)
+    assert (whole.processes, whole.interrupted) == (1, False)
 
 
 def test_merging_nothing_is_an_empty_result() -> None:

@@ -19,10 +19,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from harness import ROOT, Command, Peer, ServerCommand, peers, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from harness import ROOT, Command, Peer, ServerCommand, peers, wait_until
 from protocol import REPLY_SIZE, decode_totals, encode_frame, parse_address
 
 ONE = encode_frame(1)

@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol import MAX_AMOUNT, BadFrame, Decoder, checksums, encode_frame
-from vector import FROM_FRAMES, TABLE_SIZE, TOGETHER_FROM, VectorBatch, VectorDecoder, _hashed
+from protocol import MAX_AMOUNT, BadFrame, Batch, Decoder, UniformBatch, checksums, encode_frame
+from vector import (
+    FROM_FRAMES,
+    TABLE_SIZE,
+    TOGETHER_FROM,
+    VectorBatch,
+    VectorDecoder,
+    VectorUniformBatch,
+    _hashed,
+)
 
 PLAIN = Decoder()
 VECTOR = VectorDecoder()
@@ -90,6 +98,13 @@ def test_checksums_hashed_together_are_those_of_xxhash(digits: int) -> None:
     assert _hashed(np.array(amounts, np.uint64)).tobytes() == b"".join(checksums(amounts))
 
 
-def test_a_deep_read_takes_the_vector_way() -> None:
-    assert isinstance(VECTOR.decode(encode_frame(1) * FROM_FRAMES)[0], VectorBatch)
-    assert not isinstance(VECTOR.decode(encode_frame(1) * (FROM_FRAMES - 1))[0], VectorBatch)
+def test_each_kind_of_read_takes_its_own_way() -> None:
+    one, two = encode_frame(1), encode_frame(2)
+    ways = {
+        one * FROM_FRAMES: VectorUniformBatch,
+        one * (FROM_FRAMES - 1): UniformBatch,
+        one * (FROM_FRAMES - 1) + two: VectorBatch,
+        one * (FROM_FRAMES - 2) + two: Batch,
+    }
+    for data, way in ways.items():
+        assert type(VECTOR.decode(data)[0]) is way
