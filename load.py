@@ -17,15 +17,14 @@ import socket
 import time
 from collections import deque
 from dataclasses import dataclass
-from itertools import chain
-from operator import ge, sub
 from typing import Any, Final
 
 import gevent
 from gevent.event import Event
 from gevent.socket import socket as cooperative_socket
 
-from protocol import TOTAL_MASK, decode_totals, encode_frame
+from alarm import Alarm
+from protocol import REPLY_SIZE, TOTAL_MASK, Batch, UniformBatch, decode_totals, encode_frame
 from result import CHECKABLE_SUM, WRONG_KEPT, Result
 from settings import ClientSettings
 
@@ -33,8 +32,16 @@ clock: Final = time.monotonic_ns
 
 SWEEP_S: Final = 0.25  # how late an overdue reply is noticed at most
 RECONNECT_S: Final = 0.1  # between attempts to open a lost connection again
-_RECEIVE: Final = 65536
+SMALL_READ: Final = 64  # one reply, and room to see that there is more
+LARGE_READ: Final = 65536
+# Due requests go out at most so late. Setting the kernel's timer costs 15 us on a virtual machine:
+# done for each request of a high rate, it would be most of the client's time.
+TICK_NS: Final = 100_000
+DEEP: Final = 96  # frames in flight from which on NumPy checks the replies faster
 _READ, _WRITE = 1, 2  # libev's event masks
+
+Burst = tuple[int, int, Batch]
+"""Frames sent together: when they were due, when they were sent (both ns), and their amounts."""
 
 SocketAddress = tuple[int, Any]
 """A family and an address of it, as socket.connect takes it."""
@@ -48,12 +55,25 @@ class Share:
     addresses: tuple[SocketAddress, ...]
     connections: int
     requests: int | None
+    rate: float  # requests a second, 0 for a closed loop
     duration_s: float | None
     processes: int
 
 
 class LoadConnection:
-    """One connection of the run: keeps `pipeline` frames in flight, checks and times each reply."""
+    """One connection of the run: keeps frames in flight, checks and times each reply."""
+
+    __slots__ = (
+        "in_flight",
+        "last_total",
+        "lone",
+        "process",
+        "reading",
+        "rest",
+        "sock",
+        "unsent",
+        "writing",
+    )
 
     def __init__(self, process: LoadProcess) -> None:
         self.process = process
@@ -63,7 +83,8 @@ class LoadConnection:
         self.rest = b""
         self.unsent = b""
         self.last_total: int | None = None
-        self.in_flight: deque[tuple[int, list[int]]] = deque()  # sent at (ns), amounts
+        self.in_flight: deque[Burst] = deque()
+        self.lone = False  # one frame of the usual amount is in flight, and nothing else
 
     def open(self) -> None:
         """Connects; waits. OSError of the last address if none can be connected to."""
@@ -73,12 +94,16 @@ class LoadConnection:
         self.writing = loop.io(self.sock.fileno(), _WRITE)
         self.reading.start(self.on_readable)
 
-    def send(self, amounts: list[int]) -> None:
-        """Sends frames of these amounts; what the kernel does not take now goes out later."""
+    def send(self, batch: Batch, due_ns: int = 0) -> None:
+        """Sends frames of these amounts, due at `due_ns` or now; keeps what the kernel refuses."""
         assert self.sock is not None
-        frames = self.process.frames_of(amounts)
-        self.in_flight.append((clock(), amounts))
-        self.process.result.sent += len(amounts)
+        process = self.process
+        self.lone = batch is process.one and not self.in_flight
+        frames = process.frames_of(batch)
+        now = clock()
+        self.in_flight.append((due_ns or now, now, batch))
+        process.result.sent += len(batch)
+        process.sent_sum += batch.sum()
         if self.unsent:
             self.unsent += frames
             return
@@ -94,6 +119,7 @@ class LoadConnection:
             self.writing.start(self.on_writable)
 
     def on_writable(self) -> None:
+        """Sends what the kernel did not take before."""
         assert self.sock is not None
         try:
             self.unsent = self.unsent[self.sock.send(self.unsent) :]
@@ -109,53 +135,68 @@ class LoadConnection:
         """Takes the replies that have arrived and sends as many frames again."""
         assert self.sock is not None
         try:
-            data = self.sock.recv(_RECEIVE)
+            data = self.sock.recv(SMALL_READ if self.lone else LARGE_READ)
         except BlockingIOError:
             return
         except OSError as error:
             self.lose(error)
             return
-        if not data:
-            self.lose(None)
-            return
         now = clock()
-        if self.rest:
-            data = self.rest + data
-        totals, self.rest = decode_totals(data)
-        answered = 0
-        while answered < len(totals):
+        if self.lone and len(data) == REPLY_SIZE and self.last_total is not None:
+            # What take() finds out, written out for the reply of a lone frame: 1 us instead of 5.
+            total = int.from_bytes(data)
+            if self.process.amount <= total - self.last_total < CHECKABLE_SUM:
+                self.last_total = total
+                due_ns, sent_ns, batch = self.in_flight.popleft()
+                self.process.count(due_ns, sent_ns, now, batch)
+                self.process.refill(self, 1)
+                return
+        if data:
+            self.take(self.rest + data, now)
+        else:
+            self.lose(None)
+
+    def take(self, data: bytes, now: int) -> None:
+        """Checks and counts replies, and has as many frames sent again."""
+        at, whole = 0, len(data) - len(data) % REPLY_SIZE
+        self.rest = data[whole:]
+        while at < whole:
             if not self.in_flight:
-                self.process.wrong(f"{len(totals) - answered} replies that nothing asked for")
+                self.process.wrong(f"{(whole - at) // REPLY_SIZE} replies that nothing asked for")
                 self.lose(None)
                 return
-            sent_at, amounts = self.in_flight.popleft()
-            count = min(len(amounts), len(totals) - answered)
-            if count < len(amounts):
-                self.in_flight.appendleft((sent_at, amounts[count:]))
-                amounts = amounts[:count]
-            self.check(totals[answered : answered + count], amounts)
-            self.process.take(sent_at, now, amounts)
-            answered += count
-        self.process.refill(self, answered)
+            due_ns, sent_ns, batch = self.in_flight.popleft()
+            count = min(len(batch), (whole - at) // REPLY_SIZE)
+            if count < len(batch):
+                batch, later = split_batch(batch, count)
+                self.in_flight.appendleft((due_ns, sent_ns, later))
+            self.check(data[at : at + count * REPLY_SIZE], batch)
+            self.process.count(due_ns, sent_ns, now, batch)
+            at += count * REPLY_SIZE
+        self.process.refill(self, whole // REPLY_SIZE)
 
-    def check(self, totals: tuple[int, ...], amounts: list[int]) -> None:
-        """Finds out whether each total is at least its amount above the one before."""
-        last, self.last_total = self.last_total, totals[-1]
+    def check(self, replies: bytes, batch: Batch) -> None:
+        """Finds out whether each total is at least its amount above the one before.
+
+        A server that took the batch as one has answered with what the batch itself says, which one
+        comparison shows; otherwise each total is looked at.
+        """
+        last = self.last_total
+        self.last_total = int.from_bytes(replies[-REPLY_SIZE:])
         if not self.process.rises_are_checkable():
             return
-        if last is None:
-            last = (totals[0] - amounts[0]) & TOTAL_MASK
-        rising = all(map(ge, map(sub, totals, chain((last,), totals)), amounts))
-        if rising and totals[-1] - last < CHECKABLE_SUM:
+        before = (self.last_total - batch.sum()) & TOTAL_MASK
+        has_risen = last is None or (before - last) & TOTAL_MASK < CHECKABLE_SUM
+        if has_risen and batch.replies(before) == replies:
             return
-        for total, amount in zip(totals, amounts, strict=True):
-            if not amount <= (total - last) & TOTAL_MASK < CHECKABLE_SUM:
+        for total, amount in zip(decode_totals(replies)[0], batch.amounts, strict=True):
+            if last is not None and not amount <= (total - last) & TOTAL_MASK < CHECKABLE_SUM:
                 self.process.wrong(f"{total} after {last}, where {amount} was added")
             last = total
 
     def overdue(self, now: int, timeout_ns: int) -> bool:
         """Whether the oldest reply has been waited for longer than the timeout."""
-        return bool(self.in_flight) and now - self.in_flight[0][0] > timeout_ns
+        return bool(self.in_flight) and now - self.in_flight[0][1] > timeout_ns
 
     def lose(self, error: OSError | None) -> None:
         """Counts a lost connection, and what is unknown with it; it is opened again."""
@@ -169,10 +210,11 @@ class LoadConnection:
 
     def close(self) -> None:
         """Closes the socket; what is in flight becomes unknown."""
-        for _, amounts in self.in_flight:
-            self.process.result.unknown += len(amounts)
-            self.process.result.unknown_sum += sum(amounts)
+        for _, _, batch in self.in_flight:
+            self.process.result.unknown += len(batch)
+            self.process.result.unknown_sum += batch.sum()
         self.in_flight.clear()
+        self.lone = False
         self.rest = self.unsent = b""
         if self.sock is not None:
             self.reading.close()
@@ -197,10 +239,13 @@ class LoadProcess:
         self.sent_sum = 0
         self.cpu_from_s = 0.0
         self.done = Event()
-        amount = share.settings.amount
-        self._constant = amount.low if amount.low == amount.high else None
-        self._frame = encode_frame(amount.low)
+        amounts = share.settings.amount
+        self.amount = amounts.low
+        self.one: Batch = UniformBatch(amounts.low, 1)
+        self._frame = encode_frame(amounts.low)
+        self._uniform = deep_batch() if share.settings.pipeline >= DEEP else UniformBatch
         self._random = random.Random()
+        self._pace = Pace(self, share.rate) if share.rate else None
 
     def connect(self) -> _socket.socket:
         """A connected, non-blocking socket; waits."""
@@ -242,7 +287,7 @@ class LoadProcess:
             try:
                 if connection.sock is None:
                     connection.open()
-                connection.send([0])
+                connection.send(UniformBatch(0, 1))
             except OSError:
                 continue
             deadline_ns = clock() + int(self.share.settings.timeout_s * 1e9)
@@ -262,6 +307,8 @@ class LoadProcess:
         if self.share.duration_s is not None:
             self.stop_at_ns = self.measure_from_ns + int(self.share.duration_s * 1e9)
         self.cpu_from_s = time.process_time()
+        if self._pace:
+            self._pace.start(now)
         self.sending = True
         sweeper = self.loop.timer(SWEEP_S, SWEEP_S)
         sweeper.start(self._sweep)
@@ -277,6 +324,8 @@ class LoadProcess:
         gevent.spawn(self._join_outstanding).join()
         for timer in (sweeper, measuring, ending):
             timer.close()
+        if self._pace:
+            self._pace.close()
         elapsed_s = (self.last_reply_ns - self.measure_from_ns) / 1e9
         self.result.measured = len(self.result.latencies)
         self.result.elapsed_s = elapsed_s
@@ -294,40 +343,51 @@ class LoadProcess:
             connection.close()
 
     def refill(self, connection: LoadConnection, count: int) -> None:
-        """Sends `count` further requests, or fewer when the run is about to end."""
+        """Has `count` further requests sent: now, or, in an open loop, when they are due."""
         if not self.sending or connection.sock is None:
             return
+        if self._pace:
+            self._pace.offer(connection, count)
+            return
+        count = self.take_requests(count)
+        if count:
+            connection.send(self.draw(count))
+
+    def take_requests(self, count: int) -> int:
+        """How many of `count` requests may still be sent; the last of the run ends it."""
         if self.requests_left is not None and clock() >= self.measure_from_ns:
             count = min(count, self.requests_left)
             self.requests_left -= count
             if not self.requests_left:
                 self.stop()
-        if count:
-            amounts = self.draw(count)
-            self.sent_sum += sum(amounts)
-            connection.send(amounts)
+        return count
 
-    def draw(self, count: int) -> list[int]:
+    def draw(self, count: int) -> Batch:
         """The amounts of the next requests."""
-        if self._constant is not None:
-            return [self._constant] * count
-        amount = self.share.settings.amount
-        draw, low, high = self._random.randint, amount.low, amount.high
-        return [draw(low, high) for _ in range(count)]
+        amounts = self.share.settings.amount
+        if amounts.low == amounts.high:
+            return self.one if count == 1 else self._uniform(self.amount, count)
+        draw, low, high = self._random.randint, amounts.low, amounts.high
+        return Batch([draw(low, high) for _ in range(count)])
 
-    def frames_of(self, amounts: list[int]) -> bytes:
+    def frames_of(self, batch: Batch) -> bytes:
         """The frames that carry these amounts, joined."""
-        if self._constant is not None and amounts[0] == self._constant:
-            return self._frame * len(amounts)
-        return b"".join(map(encode_frame, amounts))
+        if batch is self.one:
+            return self._frame
+        if isinstance(batch, UniformBatch):
+            return encode_frame(batch.amount) * batch.count
+        return b"".join(map(encode_frame, batch.amounts))
 
-    def take(self, sent_at: int, now: int, amounts: list[int]) -> None:
-        """Counts replies, and measures them if they were asked for in the measured part."""
+    def count(self, due_ns: int, sent_ns: int, now: int, batch: Batch) -> None:
+        """Counts replies, and measures them if they were due in the measured part."""
         result = self.result
-        result.answered += len(amounts)
-        result.answered_sum += sum(amounts)
-        if sent_at >= self.measure_from_ns > 0:
-            result.latencies.record(now - sent_at, len(amounts))
+        count = len(batch)
+        result.answered += count
+        result.answered_sum += batch.sum()
+        if due_ns >= self.measure_from_ns > 0:
+            result.latencies.record(now - due_ns, count)
+            if self._pace:
+                result.raw_latencies.record(now - sent_ns, count)
             self.last_reply_ns = now
 
     def rises_are_checkable(self) -> bool:
@@ -370,3 +430,58 @@ class LoadProcess:
         """Waits for the replies in flight; the sweep ends those that do not come."""
         while any(connection.in_flight for connection in self.connections):
             gevent.sleep(0.002)
+
+
+class Pace:
+    """The schedule of an open loop: request k is due k intervals after the start, whoever is late.
+
+    A request that is due while every connection is busy waits, and its latency counts from when it
+    was due: a slow server does not slow down the question (coordinated omission).
+    """
+
+    def __init__(self, process: LoadProcess, rate: float) -> None:
+        self._process = process
+        self._interval_ns = 1e9 / rate
+        self._free: deque[tuple[LoadConnection, object]] = deque()
+        self._start_ns = 0
+        self._next = 0
+        self._alarm = Alarm(process.loop, self._send_due)
+
+    def start(self, now: int) -> None:
+        """Begins the schedule."""
+        self._start_ns = now
+
+    def offer(self, connection: LoadConnection, count: int) -> None:
+        """A connection can take `count` further requests."""
+        self._free.extend([(connection, connection.sock)] * count)
+        self._send_due()
+
+    def close(self) -> None:
+        self._alarm.close()
+
+    def _send_due(self) -> None:
+        process = self._process
+        while self._free and process.sending:
+            due_ns = self._start_ns + int(self._next * self._interval_ns)
+            if due_ns > clock():
+                self._alarm.set(due_ns - due_ns % -TICK_NS)
+                return
+            connection, sock = self._free.popleft()
+            if connection.sock is sock and process.take_requests(1):
+                self._next += 1
+                connection.send(process.draw(1), due_ns)
+
+
+def split_batch(batch: Batch, count: int) -> tuple[Batch, Batch]:
+    """The first `count` frames of a batch, and those behind them."""
+    if isinstance(batch, UniformBatch):
+        kind = type(batch)
+        return kind(batch.amount, count), kind(batch.amount, batch.count - count)
+    return Batch(batch.amounts[:count]), Batch(batch.amounts[count:])
+
+
+def deep_batch() -> type[UniformBatch]:
+    """The batch of many frames alike; imports NumPy, which small runs do not need."""
+    from vector import VectorUniformBatch
+
+    return VectorUniformBatch

@@ -5,9 +5,11 @@ Read from the kernel, never from options; nothing here knows what the program do
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
+from fractions import Fraction
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +22,13 @@ def raise_descriptor_limit() -> float:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return float("inf") if hard == resource.RLIM_INFINITY else hard
+
+
+def whole_share(cpus: float, multiplier: int) -> int:
+    """ceil(CPUs × multiplier), exactly."""
+    # 0.07 CPUs × 100 are 7, and a little more in floating point. The kernel's periods, which
+    # divide the quota, are of at most a million microseconds.
+    return math.ceil(Fraction(cpus).limit_denominator(1_000_000) * multiplier)
 
 
 def available_cpus(cgroups: Path = _CGROUPS, own_cgroups: Path = _OWN_CGROUPS) -> float:

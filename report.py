@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from protocol import TOTAL_MASK
-from result import CHECKABLE_SUM, Result
+from result import CHECKABLE_SUM, Histogram, Result
 from settings import ClientSettings
 
 # Grows when a name or a meaning changes; new names alone leave it.
@@ -100,13 +100,26 @@ def rate(result: Result) -> float:
     return result.measured / result.elapsed_s if result.elapsed_s > 0 else 0.0
 
 
+def latency_rows(result: Result) -> list[tuple[str, str]]:
+    """Latencies; of an open loop, both from when requests were due and from when they were sent."""
+    if not len(result.raw_latencies):
+        return [("latency", _times(result.latencies))]
+    return [
+        ("latency", f"{_times(result.latencies)}  (from when each was due)"),
+        ("raw", f"{_times(result.raw_latencies)}  (from when each was sent)"),
+    ]
+
+
+def _times(latency: Histogram) -> str:
+    percentiles = (f"p{p:g} {format_ns(latency.percentile_ns(p))}" for p in PERCENTILES)
+    return "  ".join(
+        (f"mean {format_ns(latency.mean_ns())}", *percentiles, f"max {format_ns(latency.max_ns)}")
+    )
+
+
 def lines(result: Result) -> list[str]:
     """The closing table."""
     verdict = judge(result)
-    latency = result.latencies
-    times = "  ".join(
-        f"p{percent:g} {format_ns(latency.percentile_ns(percent))}" for percent in PERCENTILES
-    )
     errors = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(result.errors.items()))
     unknown = f"; outcome unknown: {result.unknown:,}" if result.unknown else ""
     ending = "Interrupted" if result.interrupted else "All clients finished"
@@ -118,10 +131,7 @@ def lines(result: Result) -> list[str]:
         ),
         ("measured", f"{result.measured:,} requests in {format_s(result.elapsed_s)}"),
         ("rate", f"{rate(result):,.0f} requests a second"),
-        (
-            "latency",
-            f"mean {format_ns(latency.mean_ns())}  {times}  max {format_ns(latency.max_ns)}",
-        ),
+        *latency_rows(result),
         ("errors", (errors or "none") + unknown),
         ("total", f"{_total(result.total_before)} before, {_total(result.total_after)} after"),
         ("check", f"{verdict.word}: {verdict.reason}"),
@@ -138,7 +148,7 @@ def as_json(result: Result, settings: ClientSettings) -> str:
 
     Totals and sums are text, because many JSON readers end at 2^53.
     """
-    verdict, latency = judge(result), result.latencies
+    verdict = judge(result)
     return json.dumps(
         {
             "version": JSON_VERSION,
@@ -156,11 +166,8 @@ def as_json(result: Result, settings: ClientSettings) -> str:
             "measured": result.measured,
             "elapsed_s": result.elapsed_s,
             "requests_per_s": rate(result),
-            "latency_ns": {
-                "mean": latency.mean_ns(),
-                **{f"p{percent:g}": latency.percentile_ns(percent) for percent in PERCENTILES},
-                "max": latency.max_ns,
-            },
+            "latency_ns": _times_ns(result.latencies),
+            "raw_latency_ns": _times_ns(result.raw_latencies),
             "errors": result.errors,
             "total_before": _text(result.total_before),
             "total_after": _text(result.total_after),
@@ -169,6 +176,14 @@ def as_json(result: Result, settings: ClientSettings) -> str:
         },
         indent=2,
     )
+
+
+def _times_ns(latency: Histogram) -> dict[str, float] | None:
+    """The latencies in nanoseconds; None where none were recorded."""
+    if not len(latency):
+        return None
+    percentiles = {f"p{p:g}": latency.percentile_ns(p) for p in PERCENTILES}
+    return {"mean": latency.mean_ns(), **percentiles, "max": latency.max_ns}
 
 
 def progress_line(elapsed_s: float, result: Result, settings: ClientSettings) -> str:

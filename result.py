@@ -86,7 +86,8 @@ class Result:
     unknown_sum: int = 0
     measured: int = 0
     elapsed_s: float = 0.0  # from the start of the measured part to its last reply
-    latencies: Histogram = field(default_factory=Histogram)
+    latencies: Histogram = field(default_factory=Histogram)  # from when a request was due
+    raw_latencies: Histogram = field(default_factory=Histogram)  # open loop: from when it was sent
     errors: dict[str, int] = field(default_factory=dict)
     wrong: int = 0
     wrong_examples: list[str] = field(default_factory=list)
@@ -107,6 +108,7 @@ class Result:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.elapsed_s = max(self.elapsed_s, other.elapsed_s)
         self.latencies.merge(other.latencies)
+        self.raw_latencies.merge(other.raw_latencies)
         for kind, count in other.errors.items():
             self.errors[kind] = self.errors.get(kind, 0) + count
         self.wrong += other.wrong

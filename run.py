@@ -8,7 +8,6 @@ Ctrl-C in a terminal is one signal; when the parent is gone their pipe ends, and
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ from multiprocessing.connection import Pipe, wait
 from typing import Any, Final
 
 from load import LoadProcess, Share, SocketAddress
+from machine import whole_share
 from result import Result, merged
 from settings import ClientSettings
 
@@ -55,7 +55,7 @@ def split(
     settings: ClientSettings, cpus: float, addresses: tuple[SocketAddress, ...]
 ) -> list[Share]:
     """Each process's share of the run; every process has at least one connection and request."""
-    connections = settings.connections or math.ceil(cpus * settings.multiplier)
+    connections = settings.connections or whole_share(cpus, settings.multiplier)
     wanted = settings.processes or max(1, int(cpus))
     processes = min(wanted, connections, settings.requests or wanted)
     duration_s = settings.duration_s
@@ -71,6 +71,7 @@ def split(
             addresses,
             part(connections, index),
             None if settings.requests is None else part(settings.requests, index),
+            settings.rate / processes,
             duration_s,
             processes,
         )

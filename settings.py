@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import os
 import re
 import sys
@@ -22,13 +21,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
-from fractions import Fraction
 from functools import partial
 from typing import Any, Final, NoReturn, TextIO, TypeVar
 
 import configargparse
 from configargparse import ConfigFileParserException
 
+from machine import whole_share
 from protocol import MAX_AMOUNT, AddressError, format_address, parse_address
 
 EXIT_USAGE: Final = 2
@@ -136,6 +135,13 @@ def parse_seconds(minimum_s: float) -> Callable[[str], Seconds]:
         )
 
     return parse
+
+
+def parse_rate(text: str) -> float:
+    """Requests a second, of 0 to 100 million; a fraction is possible."""
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text.strip()) or float(text) > 1e8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 to 100000000")
+    return float(text)
 
 
 def parse_amounts(text: str) -> Amounts:
@@ -315,9 +321,7 @@ class ServerSettings:
 
     def workers(self, cpus: float) -> int:
         """How many connections are served at once: ceil(CPUs × multiplier)."""
-        # 0.07 CPUs × 100 are 7, and a little more in floating point. The kernel's periods, which
-        # divide the quota, are of at most a million microseconds.
-        return math.ceil(Fraction(cpus).limit_denominator(1_000_000) * self.multiplier)
+        return whole_share(cpus, self.multiplier)
 
     def process_count(self, cpus: float) -> int:
         """How many processes serve, 0 for this very one: never more than there are workers."""
@@ -387,6 +391,14 @@ class ClientSettings:
         "frames in flight per connection",
         default=1,
         parse=parse_whole(1, 65536),
+    )
+    rate: float = option(
+        "--rate",
+        _LOAD,
+        "open loop: requests a second in all, latency counted from when each was due; "
+        "0 sends as fast as replies come",
+        default=0.0,
+        parse=parse_rate,
     )
     amount: Amounts = option(
         "--amount",

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -255,3 +256,37 @@ def wait_for_load(server: ServerCommand) -> None:
     """Waits until the server has computed for 0.3 s from now on."""
     start_s = cpu_seconds(server.process.pid)
     wait_until(lambda: cpu_seconds(server.process.pid) > start_s + 0.3, "the server is under load")
+
+
+def test_an_open_loop_keeps_its_rate_and_shows_both_latencies(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    with ServerCommand() as server:
+        arguments = ("--rate", "1000", "--requests", "500", "--warmup", "0", "--json", str(file))
+        code, shown = run_client(server.address, *arguments)
+        assert code == 0, shown
+        result = json.loads(file.read_text())
+        assert result["measured"] == 500
+        assert 0.45 < result["elapsed_s"] < 5, "500 requests at 1,000 a second take half a second"
+        assert result["latency_ns"]["mean"] >= result["raw_latency_ns"]["mean"]
+        assert "(from when each was due)" in shown
+        assert "(from when each was sent)" in shown
+
+
+def test_an_open_loop_counts_the_wait_for_a_server_that_stalls(tmp_path: Path) -> None:
+    """The requests that fall due during a stall of 0.4 s have waited for up to 0.4 s."""
+    file = tmp_path / "result.json"
+
+    def script(sock: socket.socket) -> None:
+        for total in range(1000):
+            receive_exactly(sock, 16)
+            if total == 50:
+                threading.Event().wait(0.4)
+            sock.sendall(encode_total(max(0, min(total, 200))))
+
+    with ScriptedServer(script) as server:
+        arguments = ("--connections", "1", "--rate", "500", "--requests", "200", "--warmup", "0")
+        code, shown = run_client(server.address, *arguments, "--json", str(file))
+        assert code == 0, shown
+        result = json.loads(file.read_text())
+        assert result["latency_ns"]["p90"] > 250e6, "every tenth fell due early in the stall"
+        assert result["raw_latency_ns"]["p90"] < 100e6, "a single one was sent into it"

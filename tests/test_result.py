@@ -204,7 +204,9 @@ def test_what_belongs_to_the_whole_run_is_not_merged() -> None:
 def test_merging_nothing_is_an_empty_result() -> None:
     whole = merged([])
     assert same_histogram(whole.latencies, Histogram())
-    assert replace(whole, latencies=EMPTY) == Result(latencies=EMPTY)
+    assert replace(whole, latencies=EMPTY, raw_latencies=EMPTY) == Result(
+        latencies=EMPTY, raw_latencies=EMPTY
+    )
 
 
 def test_merging_leaves_the_other_result_as_it_was() -> None:

@@ -50,6 +50,7 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "requests": ("100", 100, "200"),
     "warmup_s": ("250ms", 0.25, "3m"),
     "pipeline": ("16", 16, "17"),
+    "rate": ("2500.5", 2500.5, "10"),
     "amount": ("1-1000", Amounts(1, 1000), "5"),
     "processes": ("2", 2, "3"),
     "add": ("5", 5, "6"),
