@@ -1,5 +1,7 @@
 # make demo   serve and load for ten seconds, and show both results
 # make test   lint, types and all tests
+# make bench  this server beside its rivals, in alternating rounds; writes docs/benchmarks.md
+# make chaos  the long form of the tests that kill processes under load
 # make clean  forget the virtual environment
 
 PYTHON ?= python3
@@ -7,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DURATION ?= 10s
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types bench chaos clean
 
 demo: $(VENV)/run.stamp
 	@BIN=$(BIN) DURATION=$(DURATION) sh ./demo.sh
@@ -22,6 +24,12 @@ lint: $(VENV)/dev.stamp
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
+bench: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/compare.py
+
+chaos: $(VENV)/dev.stamp
+	LONG=1 $(BIN)/python -m pytest -s -k killing
+
 clean:
 	rm -rf $(VENV)
 
@@ -34,4 +42,8 @@ $(VENV)/run.stamp: requirements.txt
 
 $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/bench.stamp: benchmarks/requirements.txt $(VENV)/run.stamp
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements.txt
 	@touch $@

@@ -10,14 +10,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection as PipeEnd
+from multiprocessing.connection import Pipe
 
 import pytest
 
 from client import ConnectError, CounterClient, OutcomeUnknown
 from harness import (
-    PATIENCE_S,
     ROOT,
     ServerCommand,
     children,
@@ -117,30 +120,38 @@ def test_a_second_signal_ends_everything_at_once(processes: str) -> None:
             assert server.farewell() == (1, 1)
 
 
+LONG = os.environ.get("LONG") == "1"  # make chaos
+
+
 def test_killing_random_processes_under_load_loses_no_answered_addition() -> None:
-    kills, clients = 10, 20
-    with ServerCommand("--processes", "4", workers=100) as server:
-        adders = [Adder(server.address, seed) for seed in range(clients)]
-        for adder in adders:
-            adder.start()
-        pick = random.Random(1)
-        for _ in range(kills):
-            before = set(children(server.process.pid))
-            wait_until(lambda: all(adder.progressed() for adder in adders), "all clients go on")
-            os.kill(pick.choice(sorted(before)), signal.SIGKILL)
-            wait_until(partial(is_changed, server, before), "it is replaced")
-        for adder in adders:
-            adder.stop.set()
-        for adder in adders:
-            adder.join(PATIENCE_S)
-        answered = sum(adder.answered for adder in adders)
-        unknown = sum(adder.unknown for adder in adders)
-        totals = [total for adder in adders for total in adder.totals]
-        assert len(set(totals)) == len(totals), "no total appears twice"
+    processes, workers, loaders, threads, kills = (
+        (8, 1000, 8, 50, 100) if LONG else (4, 100, 2, 10, 15)
+    )
+    pick = random.Random(1)
+    with ServerCommand("--processes", str(processes), workers=workers) as server:
+        with adding(server.address, loaders, threads) as outcomes:
+            for _ in range(kills):
+                started = time.monotonic()
+                before = set(children(server.process.pid))
+                os.kill(pick.choice(sorted(before)), signal.SIGKILL)
+                wait_until(partial(is_changed, server, before), "it is replaced")
+                wait_until(partial(has_passed, started + 0.2), "0.2 s are over")
+        assert len(children(server.process.pid)) == processes
         forked = children(server.process.pid)
         total, _ = server.stop()
-        assert answered <= total <= answered + unknown
         assert not any(map(is_alive, forked))
+    totals = [total for outcome in outcomes for total in outcome.totals]
+    answered = sum(outcome.answered for outcome in outcomes)
+    unknown = sum(outcome.unknown for outcome in outcomes)
+    print(f"{len(totals)} answered, {kills} kills, {unknown} of {total} unknown")
+    assert len(set(totals)) == len(totals), "no total appears twice"
+    assert answered <= total <= answered + unknown
+    assert not sum(outcome.stalls for outcome in outcomes)
+    assert len(totals) > 20 * kills, "the clients went on"
+
+
+def has_passed(moment: float) -> bool:
+    return time.monotonic() > moment
 
 
 def is_changed(server: ServerCommand, before: set[int]) -> bool:
@@ -148,34 +159,76 @@ def is_changed(server: ServerCommand, before: set[int]) -> bool:
     return len(now) == len(before) and now != before
 
 
-class Adder(threading.Thread):
-    """Adds random amounts below 2^32 until it is told to stop; reconnects when it is cut."""
+@dataclass
+class Outcome:
+    """What the threads of a process added: sums of amounts, the totals they saw, replies missed."""
 
-    def __init__(self, address: str, seed: int) -> None:
-        super().__init__()
-        self.stop = threading.Event()
-        self.answered = self.unknown = 0
-        self.totals: list[int] = []
-        self._client = CounterClient(address)
-        self._amounts = random.Random(seed)
-        self._seen = 0
+    answered: int = 0
+    unknown: int = 0
+    totals: list[int] = field(default_factory=list)
+    stalls: int = 0
 
-    def run(self) -> None:
-        with self._client:
-            while not self.stop.is_set():
-                amount = self._amounts.randrange(1, 2**32)
-                try:
-                    self.totals.append(self._client.add(amount))
-                    self.answered += amount
-                except OutcomeUnknown:
-                    self.unknown += amount
-                except ConnectError:
-                    pass
 
-    def progressed(self) -> bool:
-        """Whether it had an answer since this was asked last."""
-        seen, self._seen = self._seen, len(self.totals)
-        return self._seen > seen
+@contextmanager
+def adding(address: str, processes: int, threads: int) -> Iterator[list[Outcome]]:
+    """Forked processes whose threads add while the body runs; the list is filled at its end."""
+    outcomes: list[Outcome] = []
+    pipes = []
+    for seed in range(processes):
+        ours, theirs = Pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                ours.close()
+                theirs.send(add_until_told(address, threads, seed, theirs))
+            finally:
+                os._exit(0)
+        theirs.close()
+        pipes.append((pid, ours))
+    yield outcomes
+    for _, pipe in pipes:
+        pipe.send("stop")
+    for pid, pipe in pipes:
+        outcomes.append(pipe.recv())
+        os.waitpid(pid, 0)
+
+
+def add_until_told(address: str, threads: int, seed: int, pipe: PipeEnd) -> Outcome:
+    stop = threading.Event()
+    outcomes = [Outcome() for _ in range(threads)]
+    workers = [
+        threading.Thread(target=add_random, args=(address, f"{seed}-{number}", stop, outcome))
+        for number, outcome in enumerate(outcomes)
+    ]
+    for worker in workers:
+        worker.start()
+    pipe.recv()
+    stop.set()
+    for worker in workers:
+        worker.join()
+    whole = Outcome()
+    for outcome in outcomes:
+        whole.answered += outcome.answered
+        whole.unknown += outcome.unknown
+        whole.totals += outcome.totals
+        whole.stalls += outcome.stalls
+    return whole
+
+
+def add_random(address: str, seed: str, stop: threading.Event, outcome: Outcome) -> None:
+    """Adds amounts below 2^32 one after the other; connects again whenever it is cut."""
+    amounts = random.Random(seed)
+    with CounterClient(address, timeout=8) as counter:
+        while not stop.is_set():
+            amount = amounts.randrange(1, 2**32)
+            try:
+                outcome.totals.append(counter.add(amount))
+                outcome.answered += amount
+            except OutcomeUnknown as error:
+                outcome.unknown += amount
+                outcome.stalls += "no reply within" in str(error)
+            except ConnectError:
+                pass
 
 
 MASTER = """
@@ -254,8 +307,11 @@ def test_one_that_dies_before_it_is_ready_is_tried_again_more_slowly() -> None:
     serve = """
 if index == 0:
     ready()
+    os.write(8, b'x')
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     while True: time.sleep(60)
+while not os.path.getsize('/proc/self/fd/8'): time.sleep(0.01)
+time.sleep(0.2)  # the master has seen that the other is ready
 count = os.path.getsize('/proc/self/fd/9')
 os.write(9, b'x')
 if count < 3: os._exit(1)
@@ -266,7 +322,8 @@ while True: time.sleep(60)
 """
     script = MASTER.format(serve="\n".join("    " + line for line in serve.splitlines()))
     script = (
-        "import os, logging\nlogging.basicConfig()\nos.dup2(os.memfd_create('tries'), 9)\n" + script
+        "import os, logging\nlogging.basicConfig()\n"
+        "os.dup2(os.memfd_create('ready'), 8)\nos.dup2(os.memfd_create('tries'), 9)\n" + script
     )
     ran = subprocess.run(
         [sys.executable, "-c", script],
