@@ -90,6 +90,12 @@ def format_ns(time_ns: float) -> str:
     return f"{time_ns:.3g} ns"
 
 
+def count(number: int, noun: str) -> str:
+    """The number and its noun: `1 process`, `40 connections`."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending * (number != 1)}"
+
+
 def format_s(seconds: float) -> str:
     """Seconds to a tenth, without a zero behind the point."""
     return f"{seconds:.1f}".removesuffix(".0") + " s"
@@ -124,7 +130,10 @@ def lines(result: Result) -> list[str]:
     unknown = f"; outcome unknown: {result.unknown:,}" if result.unknown else ""
     ending = "Interrupted" if result.interrupted else "All clients finished"
     rows = [
-        ("clients", f"{result.connections:,} connections in {result.processes:,} processes"),
+        (
+            "clients",
+            f"{count(result.connections, 'connection')} in {count(result.processes, 'process')}",
+        ),
         (
             "in all",
             f"{result.sent:,} sent, {result.answered:,} answered, warm-up and reads included",

@@ -310,7 +310,7 @@ def serve(settings: ServerSettings) -> int:
         say(f"Listening on {where} with {workers} workers in {count} (store: {settings.store})")
 
     if processes:
-        _log.info("%g CPUs, total shared by %s", cpus, getattr(counter, "way", ""))
+        _log.info("CPUs to use: %g; the total is shared by %s", cpus, getattr(counter, "way", ""))
         if not serve_forked(settings, listener, counter, workers, slots, announce):
             return EXIT_CANNOT_BOOT
     else:

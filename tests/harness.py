@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import select
 import selectors
 import signal
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -36,8 +38,11 @@ def wait_until(condition: Callable[[], bool], what: str, patience_s: float = PAT
         time.sleep(0.005)
 
 
-def _keep_one_cpu() -> None:
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+def _limit(one_cpu: bool, descriptors: int | None) -> None:
+    if one_cpu:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    if descriptors:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
 
 class Command:
@@ -49,6 +54,7 @@ class Command:
         environment: dict[str, str] | None = None,
         stdin: int | None = subprocess.DEVNULL,
         one_cpu: bool = False,
+        descriptors: int | None = None,
     ) -> None:
         env = {k: v for k, v in os.environ.items() if not k.startswith("COUNTER_")}
         self.process = subprocess.Popen(
@@ -56,7 +62,7 @@ class Command:
             cwd=ROOT,
             env=env | (environment or {}),
             stdin=stdin,
-            preexec_fn=_keep_one_cpu if one_cpu else None,
+            preexec_fn=partial(_limit, one_cpu, descriptors),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -145,12 +151,21 @@ class ServerCommand(Command):
     """python server.py on a free port of the loopback, ready to serve."""
 
     def __init__(
-        self, *arguments: str, port: str = "0", workers: int | None = None, stdin: int | None = None
+        self,
+        *arguments: str,
+        port: str = "0",
+        workers: int | None = None,
+        descriptors: int | None = None,
     ) -> None:
         if workers:
             arguments = ("--multiplier", str(workers), *arguments)
         super().__init__(
-            "server.py", "--port", port, *arguments, one_cpu=workers is not None, stdin=stdin
+            "server.py",
+            "--port",
+            port,
+            *arguments,
+            one_cpu=workers is not None,
+            descriptors=descriptors,
         )
         self.first_line = self.line()
         match = re.fullmatch(r"Listening on (\S+) with (\d+) workers .*", self.first_line)

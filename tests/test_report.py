@@ -188,7 +188,7 @@ def test_an_empty_run_has_a_table_too() -> None:
     assert lines(Result()) == [
         "All clients finished after 0 s.",
         "",
-        "  clients   0 connections in 1 processes",
+        "  clients   0 connections in 1 process",
         "  in all    0 sent, 0 answered, warm-up and reads included",
         "  measured  0 requests in 0 s",
         "  rate      0 requests a second",

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import ROOT, Command, Peer, ServerCommand, peers, wait_until
+from harness import ROOT, Command, Peer, ServerCommand, cpu_seconds, peers, wait_until
 from protocol import REPLY_SIZE, decode_totals, encode_frame, parse_address
 
 ONE = encode_frame(1)
@@ -363,6 +363,43 @@ def test_a_server_that_cannot_start_says_why_in_one_line(
         assert expected in message
         assert message.count("\n") == 1
         assert server.output() == ""
+
+
+def test_running_out_of_descriptors_is_logged_once_survived_and_recovered_from() -> None:
+    with ServerCommand(workers=200, descriptors=60) as server:
+        server.error_line_with("200 workers need more than the 60 descriptors")
+        with peers(server.address, 80) as clients:
+            clients[0].add(1)
+            server.error_line_with("cannot accept connections: Too many open files")
+            for peer in clients:
+                peer.send(ONE)
+            assert clients[0].totals(1)
+            clients[79].expect_silence(0.3)
+            before_s = cpu_seconds(server.process.pid)
+            clients[79].expect_silence(0.5)
+            assert cpu_seconds(server.process.pid) - before_s < 0.3, "it does not spin"
+            for peer in clients[1:60]:
+                peer.close()
+            assert clients[79].totals(1)
+        server.stop()
+        assert server.errors().count("cannot accept") <= 1
+
+
+def test_replies_do_not_wait_for_acknowledgements() -> None:
+    check = """
+import socket, gevent
+from counter import MemoryCounter
+from server import CounterServer
+from settings import ServerSettings
+server = CounterServer(("127.0.0.1", 0), MemoryCounter(), 1, ServerSettings())
+server.start()
+with socket.create_connection(server.address):
+    while not server.pool:
+        gevent.sleep(0.001)
+    (connection,) = server.pool
+    assert connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+"""
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, timeout=30)
 
 
 def test_ipv6_is_served_and_shown_in_brackets() -> None:
