@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from protocol import (
     MAX_UNREAD_FRAMES,
@@ -39,7 +39,7 @@ __all__ = ["ConnectError", "CounterClient", "CounterError", "OutcomeUnknown"]
 
 EXIT_CANNOT_CONNECT: Final = 1
 EXIT_USAGE: Final = 2
-EXIT_OUTCOME_UNKNOWN: Final = 5
+EXIT_ERRORS: Final = 5
 EXIT_INTERRUPTED: Final = 130
 
 # Frames that add_many keeps unanswered. A quarter of what the server allows: enough to hide the
@@ -63,12 +63,16 @@ class OutcomeUnknown(CounterError):
         self, why: str, totals: Sequence[int], amounts: Sequence[int], unsent: Sequence[int]
     ) -> None:
         some = f"{len(amounts)} additions" if len(amounts) != 1 else f"the addition of {amounts[0]}"
+        self._why = why
         super().__init__(
             f"{why}; {some} may or may not have been counted (the server may also have refused one)"
         )
         self.totals = tuple(totals)
         self.amounts = tuple(amounts)
         self.unsent = tuple(unsent)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._why, self.totals, self.amounts, self.unsent)
 
 
 class CounterClient:
@@ -141,7 +145,7 @@ class CounterClient:
         if self._sock is None:
             try:
                 sock = socket.create_connection((self.host, self.port), self.timeout)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 raise ConnectError(explain(error, self.host, self.port)) from error
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sock = sock
@@ -219,10 +223,10 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def explain(error: OSError, host: str, port: int) -> str:
+def explain(error: OSError | UnicodeError, host: str, port: int) -> str:
     """What a failure to connect means, with the address and what to do."""
     where = format_address(host, port)
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, socket.gaierror | UnicodeError):
         return f"cannot connect to {where}: unknown host; check the address"
     if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
         return f"cannot connect to {where}: no answer in time; check the address and firewalls"
@@ -264,7 +268,7 @@ def _ask_once(settings: ClientSettings, amount: int) -> int:
     except ConnectError as error:
         return _fail(str(error), EXIT_CANNOT_CONNECT)
     except OutcomeUnknown as error:
-        return _fail(str(error), EXIT_OUTCOME_UNKNOWN)
+        return _fail(str(error), EXIT_ERRORS)
     return 0
 
 
@@ -291,22 +295,24 @@ def _load(settings: ClientSettings) -> int:
     address = settings.server_address
     try:
         result = run_load(settings, available_cpus(), progress)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         return _fail(explain(error, address.host, address.port), EXIT_CANNOT_CONNECT)
     except LoadProcessDied as error:
         return _fail(f"{error} before the load began", EXIT_CANNOT_CONNECT)
     finally:
         if show:
             sys.stderr.write("\r\x1b[K")
-    if settings.json:
-        text = report.as_json(result, settings) + "\n"
-        if settings.json == "-":
-            sys.stdout.write(text)
-        else:
-            with open(settings.json, "w") as file:
-                file.write(text)
     table = sys.stderr if settings.json == "-" else sys.stdout
     print("\n".join(report.lines(result)), file=table)
+    text = report.as_json(result, settings) + "\n"
+    if settings.json == "-":
+        sys.stdout.write(text)
+    elif settings.json:
+        try:
+            with open(settings.json, "w") as file:
+                file.write(text)
+        except OSError as error:
+            return _fail(f"--json {settings.json}: {error.strerror}", EXIT_ERRORS)
     return report.exit_code(result)
 
 

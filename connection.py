@@ -82,11 +82,21 @@ class Turn:
         if not asked:
             return
         self.asked = []
-        before = self._add(sum([amount for _, amount, _ in asked]))
-        self._slot[REQUESTS] += sum([1 if batch is None else len(batch) for _, _, batch in asked])
+        try:
+            before = self._add(sum([amount for _, amount, _ in asked]))
+            count = sum([1 if batch is None else len(batch) for _, _, batch in asked])
+            self._slot[REQUESTS] += count
+        except Exception:
+            for connection, _, _ in asked:
+                connection.fail()
+            return
         for connection, amount, batch in asked:
             after = (before + amount) & TOTAL_MASK
-            connection.send(encode_total(after) if batch is None else batch.replies(before))
+            # An error that left a connection open would leave it one reply behind for ever.
+            try:
+                connection.send(encode_total(after) if batch is None else batch.replies(before))
+            except Exception:
+                connection.fail()
             before = after
 
 
@@ -138,11 +148,15 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             return
         except OSError:
             data = b""
-        amount = None if self.rest else self.server.table.get(data)
-        if amount is None:
-            self.take(data)
-        else:
-            self.ask(amount, None)
+        # gevent stops a watcher whose callback raises: the connection would hang for ever.
+        try:
+            amount = None if self.rest else self.server.table.get(data)
+            if amount is None:
+                self.take(data)
+            else:
+                self.ask(amount, None)
+        except Exception:
+            self.fail()
 
     def ask(self, amount: int, batch: Batch | None) -> None:
         """Joins the turn; a long one is committed at once, while its sockets are in the cache."""
@@ -199,6 +213,11 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
         self.ending = reason
         self.lingers = lingers
         self.wake()
+
+    def fail(self) -> None:
+        """Ends the connection for an error of the server's own, unanswered rather than wrongly."""
+        self.server.failed()
+        self.end("failed")
 
     def wake(self) -> None:
         """Stops reading and lets the greenlet do what waits; without effect if it is awake.

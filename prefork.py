@@ -35,6 +35,10 @@ ATTEMPTS: Final = 5
 # What a process may take beyond its own drain deadline before it is killed.
 KILL_GRACE_S: Final = 2.0
 
+# What the master sends after its second SIGTERM or SIGINT. Another SIGTERM would not do: two that
+# are sent before the first is handled are one.
+CUT_SIGNAL: Final = signal.SIGUSR2
+
 _PR_SET_PDEATHSIG: Final = 1
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _HANDLED: Final = (*_STOP_SIGNALS, signal.SIGCHLD)
@@ -49,8 +53,8 @@ class CannotBoot(Exception):
 class Master:
     """Keeps `count` processes running, each of which runs `serve(index, ready)`.
 
-    `serve` calls `ready()` once it serves, ends at SIGTERM within `drain_timeout_s`, at a second
-    SIGTERM at once, and gives back the exit code of its process; EXIT_CANNOT_BOOT says that it
+    `serve` calls `ready()` once it serves, ends at SIGTERM within `drain_timeout_s`, at CUT_SIGNAL
+    at once, and gives back the exit code of its process; EXIT_CANNOT_BOOT says that it
     cannot start and has said why. `on_death(index)` is called in the master after each death.
     """
 
@@ -69,10 +73,10 @@ class Master:
         self._indexes: dict[int, int] = {}  # of each living process, by pid
         self._ready = mmap.mmap(-1, count)  # one byte a process, set by itself
         self._were_ready: set[int] = set()
-        self._failures = 0  # deaths before ready since a process was ready last
-        self._retry_at: float | None = None
+        self._has_served = False
+        self._failures: dict[int, int] = {}  # of each place: deaths in a row before ready
+        self._retry_at: dict[int, float] = {}
         self._stop_signals = 0
-        self.restarts = 0
         self._wake_end, self._waker = os.pipe()
         for end in (self._wake_end, self._waker):
             os.set_blocking(end, False)
@@ -119,15 +123,15 @@ class Master:
             os.read(self._wake_end, 4096)
         self._reap()
         ready = {index for index in range(self._count) if self._ready[index]}
-        if ready - self._were_ready:
-            self._failures = 0
+        for index in ready - self._were_ready:
+            self._has_served = True
+            self._failures.pop(index, None)
         self._were_ready = ready
 
-    def _somebody_serves(self) -> bool:
-        return any(self._ready[index] for index in range(self._count))
-
     def _seconds_to_retry(self) -> float | None:
-        return None if self._retry_at is None else max(0.0, self._retry_at - time.monotonic())
+        if not self._retry_at:
+            return None
+        return max(0.0, min(self._retry_at.values()) - time.monotonic())
 
     def _reap(self) -> None:
         """Takes note of every process that ended.
@@ -148,42 +152,44 @@ class Master:
                 self._ready[index] = 0
                 self._on_death(index)
                 if not self._stop_signals:
-                    self._note_death(pid, os.waitstatus_to_exitcode(status), was_ready)
+                    self._note_death(index, pid, os.waitstatus_to_exitcode(status), was_ready)
 
-    def _note_death(self, pid: int, code: int, was_ready: bool) -> None:
+    def _note_death(self, index: int, pid: int, code: int, was_ready: bool) -> None:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        self.restarts += 1
         if was_ready:
+            self._has_served = True
             _log.warning("serving process %d %s and is replaced", pid, how)
             return
-        self._failures += 1
-        if not self._somebody_serves() and (code == EXIT_CANNOT_BOOT or self._failures >= ATTEMPTS):
+        failures = self._failures[index] = self._failures.get(index, 0) + 1
+        # Once any process has served, the total is worth more than giving up: it is tried for ever.
+        if not self._has_served and (code == EXIT_CANNOT_BOOT or failures >= ATTEMPTS):
             raise CannotBoot(f"serving process {pid} {how} before it was ready")
-        delay_s = min(LAST_DELAY_S, FIRST_DELAY_S * 2 ** (self._failures - 1))
+        delay_s = min(LAST_DELAY_S, FIRST_DELAY_S * 2 ** min(failures - 1, 10))
         _log.warning(
             "serving process %d %s before it was ready; another is tried in %.1f s",
             pid,
             how,
             delay_s,
         )
-        self._retry_at = time.monotonic() + delay_s
+        self._retry_at[index] = time.monotonic() + delay_s
 
     def _fork_missing(self) -> None:
         """Forks a process for each place that has none, unless it is too early to try again."""
-        if self._stop_signals or (self._retry_at is not None and self._seconds_to_retry()):
+        if self._stop_signals:
             return
-        self._retry_at = None
         for index in sorted(set(range(self._count)) - set(self._indexes.values())):
+            if self._retry_at.get(index, 0.0) > time.monotonic():
+                continue
+            self._retry_at.pop(index, None)
             try:
                 self._fork(index)
             except OSError as error:
                 reason = f"cannot fork serving process {index + 1} of {self._count}"
                 remedy = "raise the limit (ulimit -u) or lower --processes"
-                if not self._somebody_serves():
+                if not self._has_served:
                     raise CannotBoot(f"{reason}: {error.strerror}; {remedy}") from None
                 _log.warning("%s: %s; %s", reason, error.strerror, remedy)
-                self._retry_at = time.monotonic() + LAST_DELAY_S
-                return
+                self._retry_at[index] = time.monotonic() + LAST_DELAY_S
 
     def _fork(self, index: int) -> None:
         # Blocked, a signal waits for the child's own handlers instead of running the master's.
@@ -212,9 +218,12 @@ class Master:
             _log.exception("a serving process failed")
             code = 1 if self._ready[index] else EXIT_CANNOT_BOOT
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            try:
+                for stream in (sys.stdout, sys.stderr):
+                    if stream is not None:  # closed before the program began
+                        stream.flush()
+            finally:  # nothing may lead from here back into the master's own code
+                os._exit(code)
 
     def _say_ready(self, index: int) -> None:
         self._ready[index] = 1
@@ -224,15 +233,15 @@ class Master:
     def _stop(self) -> None:
         """The stop ladder: SIGTERM, the drain deadline, SIGKILL; a second signal shortens it."""
         self._stop_signals = max(1, self._stop_signals)
-        seen = self._stop_signals
         self._tell(signal.SIGTERM)
         deadline = time.monotonic() + self._drain_timeout_s + KILL_GRACE_S
+        cut = False
         while self._indexes and time.monotonic() < deadline:
-            self._wait(max(0.0, deadline - time.monotonic()))
-            if self._stop_signals > seen:
-                seen = self._stop_signals
-                self._tell(signal.SIGTERM)
+            if self._stop_signals > 1 and not cut:
+                cut = True
+                self._tell(CUT_SIGNAL)
                 deadline = min(deadline, time.monotonic() + KILL_GRACE_S)
+            self._wait(max(0.0, deadline - time.monotonic()))
         if self._indexes:
             _log.warning("%d serving processes did not end and are killed", len(self._indexes))
             self._tell(signal.SIGKILL)

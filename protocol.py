@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Final
+from typing import Any, Final
 
 from xxhash import xxh64_digest
 
@@ -71,6 +71,9 @@ class BadFrame(CounterError):
         super().__init__(detail)
         self.reason = reason
         self.batch = Batch(()) if batch is None else batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, str(self), self.batch)
 
 
 class Batch:

@@ -30,12 +30,13 @@ from connection import Connection, Linger, Turn
 from counter import Counter, MemoryCounter, make_shared_counter
 from log import LimitedLog, configure_log
 from machine import available_cpus, raise_descriptor_limit
-from prefork import EXIT_CANNOT_BOOT, CannotBoot, Master, split_evenly
+from prefork import CUT_SIGNAL, EXIT_CANNOT_BOOT, CannotBoot, Master, split_evenly
 from protocol import Decoder, format_address
 from settings import ServerSettings, read_settings
-from slots import ACCEPTED, CONNECTIONS, REFUSED, REQUESTS, WORKERS, Slots
+from slots import CONNECTIONS, REFUSED, REQUESTS, WORKERS, Slots
 
 EXIT_CANNOT_START: Final = 1
+EXIT_INTERRUPTED: Final = 130
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 # Deadlines are found overdue this late at most; short deadlines are swept more often.
@@ -60,7 +61,7 @@ _log = logging.getLogger("server")
 class CounterServer(StreamServer):
     """Serves one Counter on one listening socket, to as many connections as it has workers.
 
-    `listener` is an address or a socket that listens already. start() serves, drain() ends: it
+    `listener` is a socket from listen(). start() serves, drain() ends: it
     answers what has arrived, within a deadline. Use it where gevent's hub runs.
     """
 
@@ -104,9 +105,6 @@ class CounterServer(StreamServer):
     def start(self) -> None:
         """Starts to serve; gives back at once."""
         super().start()
-        # Accepted sockets inherit it: a system call less for each. Without it a reply can wait
-        # 40 ms for the acknowledgement of the one before (Nagle's algorithm and delayed ACK).
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sweeper.start(self._sweep)
         self._before_waiting.start(self.turn.commit)
         self.slot[WORKERS] = self.pool.size
@@ -162,8 +160,11 @@ class CounterServer(StreamServer):
 
     def handle(self, sock: _socket.socket, _address: Any) -> None:
         """Gives a connection a worker; the base class accepts only while the Pool has one."""
-        self.slot[ACCEPTED] += 1
         self.pool.add(Connection(self, sock))
+
+    def failed(self) -> None:
+        """Logs the error that is being handled: a connection ends of it, the others do not."""
+        _log.exception("a connection failed")
 
     def refused(self, reason: str, detail: str) -> None:
         """Counts and logs that a peer was turned away."""
@@ -194,13 +195,19 @@ class CounterServer(StreamServer):
         for linger in [linger for linger in self.lingering if now >= linger.until]:
             linger.close()
         if not self._closing and self.pool.full():
+            self._warn_of_waiting()
+
+    def _warn_of_waiting(self) -> None:
+        """Says that connections wait: the first of the processes does, once all are full."""
+        first = next(i for i in range(len(self.slots)) if self.slots[i][WORKERS])
+        if self.index == first and self.slots.fewest_connections(but=self.index) is None:
             waiting = self.waiting_connections()
             if waiting:
                 self.limited_log.warning(
                     "full",
                     "all %d workers are taken and %d connections wait; "
                     "raise --multiplier to serve more at once",
-                    self.pool.size,
+                    self.slots.sum(WORKERS),
                     waiting,
                 )
 
@@ -236,7 +243,11 @@ class CounterServer(StreamServer):
     def _accept_backlog(self) -> Iterable[Connection]:
         """Every connection that waits for a worker; a failure to accept ends it."""
         while True:
-            accepted = self.do_read()
+            try:
+                accepted = self.do_read()
+            except OSError as error:
+                _log.warning("cannot accept what waits in the backlog: %s", error.strerror)
+                return
             if not accepted:
                 return
             yield Connection(self, accepted[0])
@@ -257,10 +268,14 @@ def listen(host: str, port: int, backlog: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, proto)
-    except socket.gaierror as error:
-        raise OSError(f"cannot listen on host {host!r}: {error.strerror}; see --host") from None
+    except (socket.gaierror, UnicodeError) as error:
+        reason = getattr(error, "strerror", "not a host name")
+        raise OSError(f"cannot listen on host {host!r}: {reason}; see --host") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted sockets inherit it: a system call less for each. Without it a reply can wait
+        # 40 ms for the acknowledgement of the one before (Nagle's algorithm and delayed ACK).
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.bind(address)
         listener.listen(backlog)
     except OSError as error:
@@ -365,10 +380,15 @@ def serve_here(
     gevent.config.track_greenlet_tree = False
     stop, cut = Event(), Event()
 
-    def on_signal() -> None:
+    def on_stop() -> None:
         (cut if stop.is_set() else stop).set()
 
-    handlers = [gevent.signal_handler(number, on_signal) for number in stop_signals]
+    def on_cut() -> None:
+        stop.set()
+        cut.set()
+
+    handlers = [gevent.signal_handler(number, on_stop) for number in stop_signals]
+    handlers.append(gevent.signal_handler(CUT_SIGNAL, on_cut))
     server = CounterServer(listener, counter, workers, settings, slots, index)
     server.start()
     # What exists now lives as long as the process: the collector need not look at it again.
@@ -398,7 +418,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments,
     )
     configure_log(settings.log_level, settings.log_format)
-    return serve(settings)
+    try:
+        return serve(settings)
+    except KeyboardInterrupt:  # before or after the time that it serves
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

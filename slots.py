@@ -14,8 +14,7 @@ from typing import Final
 
 # Counts, which only grow and survive the process.
 REQUESTS: Final = 0  # additions, reads included
-REFUSED: Final = 1  # connections that were turned away
-ACCEPTED: Final = 2  # connections that got a worker
+REFUSED: Final = 1  # connections that the server ended because of what the peer did
 
 # Gauges, which end with the process.
 CONNECTIONS: Final = 8  # connections that hold a worker now

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from connection import LARGE_READ, SMALL_READ, Connection
 from counter import Counter, MemoryCounter, make_shared_counter
 from protocol import REPLY_SIZE, encode_frame
-from server import CounterServer
+from server import CounterServer, listen
 from settings import ServerSettings
 
 CONNECTIONS: Final = 40
@@ -47,7 +47,7 @@ def smallest_us(turns: int, send: Callable[[], None], work: Callable[[], None]) 
 
 def measure(counter: Counter, frames: int) -> tuple[float, float]:
     """Microseconds a connection and turn: the server's way, and the bare system calls."""
-    server = CounterServer(("127.0.0.1", 0), counter, CONNECTIONS, ServerSettings())
+    server = CounterServer(listen("127.0.0.1", 0, 1), counter, CONNECTIONS, ServerSettings())
     pairs = [socket.socketpair() for _ in range(CONNECTIONS)]
     request, reply = encode_frame(1) * frames, bytes(REPLY_SIZE * frames)
     size = SMALL_READ if len(request) < SMALL_READ else LARGE_READ

@@ -389,9 +389,9 @@ def test_replies_do_not_wait_for_acknowledgements() -> None:
     check = """
 import socket, gevent
 from counter import MemoryCounter
-from server import CounterServer
+from server import CounterServer, listen
 from settings import ServerSettings
-server = CounterServer(("127.0.0.1", 0), MemoryCounter(), 1, ServerSettings())
+server = CounterServer(listen("127.0.0.1", 0, 1), MemoryCounter(), 1, ServerSettings())
 server.start()
 with socket.create_connection(server.address):
     while not server.pool:
