@@ -298,7 +298,7 @@ def _load(settings: ClientSettings) -> int:
     except (OSError, UnicodeError) as error:
         return _fail(explain(error, address.host, address.port), EXIT_CANNOT_CONNECT)
     except LoadProcessDied as error:
-        return _fail(f"{error} before the load began", EXIT_CANNOT_CONNECT)
+        return _fail(str(error), EXIT_CANNOT_CONNECT)
     finally:
         if show:
             sys.stderr.write("\r\x1b[K")

@@ -12,6 +12,7 @@ fall modulo 2^64, and nothing is claimed.
 from __future__ import annotations
 
 import _socket
+import contextlib
 import random
 import socket
 import time
@@ -22,6 +23,7 @@ from typing import Any, Final
 import gevent
 from gevent.event import Event
 from gevent.socket import socket as cooperative_socket
+from gevent.socket import wait_read
 
 from alarm import Alarm
 from protocol import REPLY_SIZE, TOTAL_MASK, Batch, UniformBatch, decode_totals, encode_frame
@@ -142,7 +144,8 @@ class LoadConnection:
             self.lose(error)
             return
         now = clock()
-        if self.lone and self.in_flight and len(data) == REPLY_SIZE and self.last_total is not None:
+        is_lone = self.lone and self.in_flight and not self.rest
+        if is_lone and len(data) == REPLY_SIZE and self.last_total is not None:
             # What take() does, written out for the reply of a lone frame: 1 us instead of 5.
             process = self.process
             total = int.from_bytes(data)
@@ -235,7 +238,8 @@ class LoadProcess:
         self.connections = [LoadConnection(self) for _ in range(share.connections)]
         self.sending = False
         self.measure_from_ns = 0
-        self.stop_at_ns: int | None = None
+        self.stopped_ns = 0
+        self.timeout_s = share.settings.timeout_s
         self.last_reply_ns = 0
         self.requests_left = share.requests
         self.sent_sum = 0
@@ -275,8 +279,8 @@ class LoadProcess:
                 sock.close()
         raise AssertionError("a host without addresses")
 
-    def open_all(self, first: int) -> None:
-        """Opens the connections from number `first` on; those that fail are tried again later."""
+    def open_all(self) -> None:
+        """Opens the connections; those that fail are tried again later."""
 
         def attempt(connection: LoadConnection) -> None:
             try:
@@ -284,25 +288,27 @@ class LoadProcess:
             except OSError as error:
                 connection.lose(error)
 
-        gevent.joinall([gevent.spawn(attempt, c) for c in self.connections[first:]])
+        gevent.joinall([gevent.spawn(attempt, connection) for connection in self.connections])
 
     def read_total(self) -> int | None:
-        """The server's total, read on the first connection that can; None if none can."""
-        for connection in self.connections:
-            answered = self.result.answered
-            try:
-                if connection.sock is None:
-                    connection.open()
-                connection.send(UniformBatch(0, 1))
-            except OSError:
-                continue
-            deadline_ns = clock() + int(self.share.settings.timeout_s * 1e9)
-            while connection.in_flight and clock() < deadline_ns:
-                gevent.sleep(0.001)
-            if self.result.answered > answered and not connection.in_flight:
-                return connection.last_total
-            connection.close()
-        return None
+        """The server's total, read on a connection of its own; None if no answer comes in time.
+
+        OSError if there is no connection.
+        """
+        data = b""
+        with contextlib.closing(self.connect()) as sock, gevent.Timeout(self.timeout_s, False):  # type: ignore[arg-type]  # False: no exception
+            sock.send(encode_frame(0))
+            self.result.sent += 1
+            while len(data) < REPLY_SIZE:
+                wait_read(sock.fileno())
+                more = sock.recv(REPLY_SIZE - len(data))
+                if not more:
+                    return None
+                data += more
+        if len(data) < REPLY_SIZE:
+            return None
+        self.result.answered += 1
+        return int.from_bytes(data)
 
     def run(self) -> None:
         """Sends until the run ends, then waits for what is outstanding."""
@@ -310,8 +316,6 @@ class LoadProcess:
         now = clock()
         self.measure_from_ns = now + int(settings.warmup_s * 1e9)
         self.last_reply_ns = self.measure_from_ns
-        if self.share.duration_s is not None:
-            self.stop_at_ns = self.measure_from_ns + int(self.share.duration_s * 1e9)
         self.cpu_from_s = time.process_time()
         if self._pace:
             self._pace.start(now)
@@ -331,6 +335,7 @@ class LoadProcess:
         for timer in (sweeper, measuring, ending):
             timer.close()
         if self._pace:
+            self.result.behind = self._pace.behind(self.stopped_ns)
             self._pace.close()
         elapsed_s = (self.last_reply_ns - self.measure_from_ns) / 1e9
         self.result.measured = len(self.result.latencies)
@@ -339,8 +344,10 @@ class LoadProcess:
             self.result.cpu_share = (time.process_time() - self.cpu_from_s) / elapsed_s
 
     def stop(self) -> None:
-        """No further request is sent."""
+        """No further request is sent. A server that stalls until the end has its time counted."""
         self.sending = False
+        self.stopped_ns = clock()
+        self.last_reply_ns = max(self.last_reply_ns, self.stopped_ns)
         self.done.set()
 
     def close(self) -> None:
@@ -355,13 +362,13 @@ class LoadProcess:
         if self._pace:
             self._pace.offer(connection, count)
             return
-        count = self.take_requests(count)
+        count = self.take_requests(count, clock())
         if count:
             connection.send(self.draw(count))
 
-    def take_requests(self, count: int) -> int:
+    def take_requests(self, count: int, due_ns: int) -> int:
         """How many of `count` requests may still be sent; the last of the run ends it."""
-        if self.requests_left is not None and clock() >= self.measure_from_ns:
+        if self.requests_left is not None and due_ns >= self.measure_from_ns:
             count = min(count, self.requests_left)
             self.requests_left -= count
             if not self.requests_left:
@@ -493,12 +500,18 @@ class Pace:
 
     def start(self, now: int) -> None:
         """Begins the schedule."""
-        self._start_ns = now
+        self._start_ns = now - now % -TICK_NS
 
     def offer(self, connection: LoadConnection, count: int) -> None:
         """A connection can take `count` further requests."""
         self._free.extend([(connection, connection.sock)] * count)
         self._send_due()
+
+    def behind(self, now: int) -> int:
+        """How many requests were due by then and have not been sent."""
+        left = self._process.requests_left
+        due = int((now - self._start_ns) / self._interval_ns) + 1 - self._next
+        return max(0, due if left is None else min(due, left))
 
     def close(self) -> None:
         self._alarm.close()
@@ -511,7 +524,7 @@ class Pace:
                 self._alarm.set(due_ns - due_ns % -TICK_NS)
                 return
             connection, sock = self._free.popleft()
-            if connection.sock is sock and process.take_requests(1):
+            if connection.sock is sock and process.take_requests(1, due_ns):
                 self._next += 1
                 connection.send(process.draw(1), due_ns)
 

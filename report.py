@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from protocol import TOTAL_MASK
-from result import CHECKABLE_SUM, Histogram, Result
+from result import CHECKABLE_SUM, PROCESS_DIED, Histogram, Result
 from settings import ClientSettings
 
 # Grows when a name or a meaning changes; new names alone leave it.
@@ -46,6 +46,8 @@ def judge(result: Result) -> Verdict:
     if result.wrong:
         reason = ": ".join([f"{result.wrong:,} impossible totals", *result.wrong_examples[:1]])
         return Verdict("wrong", reason)
+    if PROCESS_DIED in result.errors:
+        return Verdict("not checked", f"{PROCESS_DIED}, and what it sent is not known")
     if result.total_before is None or result.total_after is None:
         return Verdict("not checked", "the server's total could not be read before and after")
     grown = (result.total_after - result.total_before) & TOTAL_MASK
@@ -145,6 +147,8 @@ def lines(result: Result) -> list[str]:
         ("total", f"{_total(result.total_before)} before, {_total(result.total_after)} after"),
         ("check", f"{verdict.word}: {verdict.reason}"),
     ]
+    if result.behind:
+        rows.append(("behind", f"{count(result.behind, 'request')} due and not sent at the end"))
     if result.cpu_share > SATURATED and result.elapsed_s > SATURATED_S:
         share = f"{result.cpu_share:.0%} of a core"
         rows.append(("note", f"a load process took {share}: the client was the bottleneck"))
@@ -173,6 +177,7 @@ def as_json(result: Result, settings: ClientSettings) -> str:
             "unknown": result.unknown,
             "unknown_sum": str(result.unknown_sum),
             "measured": result.measured,
+            "behind": result.behind,
             "elapsed_s": result.elapsed_s,
             "requests_per_s": rate(result),
             "latency_ns": _times_ns(result.latencies),

@@ -15,6 +15,9 @@ from typing import Final
 # Totals are modulo 2^64: a rise can be told from a fall while everything sent sums below this.
 CHECKABLE_SUM: Final = 2**63
 
+# The kind of error that makes a run's account incomplete: what it sent last is not known.
+PROCESS_DIED: Final = "a load process died"
+
 WRONG_KEPT: Final = 5  # wrong totals that are described; all are counted
 
 
@@ -75,6 +78,17 @@ class Histogram:
         return ((index - (shift << self.BITS) + 1) << shift) - 1
 
 
+_SUMMED: Final = (
+    "sent",
+    "answered",
+    "answered_sum",
+    "unknown",
+    "unknown_sum",
+    "measured",
+    "behind",
+)
+
+
 @dataclass
 class Result:
     """What a run, or one process of it, did. Counts in requests, times in seconds."""
@@ -98,13 +112,14 @@ class Result:
     processes: int = 1
     cpu_share: float = 0.0  # of the busiest process, of one core, over the measured part
     interrupted: bool = False
+    behind: int = 0  # open loop: due when the run ended, and not sent
 
     def merge(self, other: Result) -> None:
         """Adds what another process of the same run did.
 
         Totals, `processes` and `interrupted` are the run's own, set by whoever merges.
         """
-        for name in ("sent", "answered", "answered_sum", "unknown", "unknown_sum", "measured"):
+        for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.elapsed_s = max(self.elapsed_s, other.elapsed_s)
         self.latencies.merge(other.latencies)

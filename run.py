@@ -8,6 +8,7 @@ Ctrl-C in a terminal is one signal; when the parent is gone their pipe ends, and
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -16,14 +17,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection as PipeEnd
 from multiprocessing.connection import Pipe, wait
+from types import FrameType
 from typing import Any, Final
 
 from load import LoadProcess, Share, SocketAddress
 from machine import whole_share
-from result import Result, merged
+from result import PROCESS_DIED, Result, merged
 from settings import ClientSettings
 
 PROGRESS_S: Final = 0.5
+LONG_S: Final = 3600.0  # no wait has to last longer, and the kernel's cannot be infinite
 
 
 def resolve(host: str, port: int) -> tuple[SocketAddress, ...]:
@@ -43,8 +46,8 @@ def run_load(
     """
     addresses = resolve(settings.server_address.host, settings.server_address.port)
     shares = split(settings, cpus, addresses)
-    with _signals_as_interrupt():
-        run = _Run(shares)
+    with _Interrupts() as interrupts:
+        run = _Run(shares, interrupts)
         try:
             return run.supervise(progress)
         finally:
@@ -86,11 +89,12 @@ class LoadProcessDied(Exception):
 class _Run:
     """The parent's side: the processes of a run, and what they sent so far."""
 
-    def __init__(self, shares: list[Share]) -> None:
+    def __init__(self, shares: list[Share], interrupts: _Interrupts) -> None:
         self.shares = shares
+        self.interrupts = interrupts
         self.pids: dict[PipeEnd, int] = {}
         self.results: dict[PipeEnd, Result] = {}  # of every process: so far, in the end whole
-        self.loading: set[PipeEnd] = set()
+        self.stopped = False
 
     def supervise(self, progress: Callable[[float, Result], None]) -> Result:
         first = self.fork(self.shares[0])
@@ -100,34 +104,33 @@ class _Run:
         for pipe in self.pids:
             self.expect(pipe, "ready")
         started_at = time.monotonic()
-        self.loading = set(self.pids)
+        self.interrupts.counting = True
         self.tell("go")
-        interrupted = False
-        while self.loading:
-            try:
-                self.collect()
-                progress(time.monotonic() - started_at, merged(self.results.values()))
-            except KeyboardInterrupt:
-                if interrupted:
-                    raise
-                interrupted = True
-                self.tell("stop")
+        loading = set(self.pids)
+        while loading:
+            self.collect(loading, "loaded", time.monotonic() + PROGRESS_S)
+            progress(time.monotonic() - started_at, merged(self.results.values()))
         self.tell("finish")
-        for pipe in self.pids:
-            with contextlib.suppress(LoadProcessDied):
-                self.results[pipe] = self.expect(pipe, "result")
+        finishing = set(self.pids)
+        while finishing:
+            self.collect(finishing, "result", math.inf)
         result = merged(self.results.values())
         result.total_before = total_before
         result.total_after = self.results[first].total_after
-        result.interrupted = interrupted
+        result.interrupted = self.stopped
         result.processes = len(self.shares)
         return result
 
     def fork(self, share: Share) -> PipeEnd:
         ours, theirs = Pipe()
         with _signals_blocked():
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:
+                remedy = "raise the limit (ulimit -u) or lower --processes"
+                raise LoadProcessDied(f"cannot fork: {error.strerror}; {remedy}") from None
             if not pid:
+                signal.set_wakeup_fd(-1)
                 for pipe in (ours, *self.pids):
                     pipe.close()
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -148,26 +151,36 @@ class _Run:
         try:
             got, value = pipe.recv()
         except (EOFError, ConnectionResetError):
-            raise LoadProcessDied("a load process died") from None
+            raise LoadProcessDied("a load process died before the load began") from None
         if got == "failed":
             raise value
         assert got == kind, f"{got} where {kind} was due"
         return value
 
-    def collect(self) -> None:
-        """Takes what the loading processes send until the next progress is due."""
-        until = time.monotonic() + PROGRESS_S
-        while self.loading and (left_s := until - time.monotonic()) > 0:
-            for pipe in wait(self.loading, left_s):
-                assert isinstance(pipe, PipeEnd)
+    def collect(self, pipes: set[PipeEnd], last: str, until: float) -> None:
+        """Takes what processes send until then; drops each pipe whose message is the `last`."""
+        while pipes and (left_s := until - time.monotonic()) > 0:
+            ready = wait([*pipes, self.interrupts.wake_end], min(left_s, LONG_S))
+            self.obey_interrupts()
+            for pipe in ready:
+                if not isinstance(pipe, PipeEnd):
+                    continue
                 try:
-                    kind, result = pipe.recv()
+                    kind, self.results[pipe] = pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    kind, result = "loaded", self.results.get(pipe, Result())
-                    result.count_error("a load process died")
-                self.results[pipe] = result
-                if kind == "loaded":
-                    self.loading.remove(pipe)
+                    kind = last
+                    died = self.results.setdefault(pipe, Result())
+                    died.errors[PROCESS_DIED] = 1
+                if kind == last:
+                    pipes.remove(pipe)
+
+    def obey_interrupts(self) -> None:
+        """Stops the run at the first signal; the second is a KeyboardInterrupt."""
+        if self.interrupts.taken() > 1:
+            raise KeyboardInterrupt
+        if self.interrupts.taken() and not self.stopped:
+            self.stopped = True
+            self.tell("stop")
 
     def kill(self) -> None:
         """Ends and reaps every process; one that ended by itself is a zombie until now."""
@@ -183,27 +196,27 @@ def _run_process(share: Share, pipe: PipeEnd, index: int) -> None:
     try:
         process = LoadProcess(share)
         orders = _Orders(process, pipe)
-        try:
-            process.connections[0].open()
-            if index == 0:
-                pipe.send(("before", process.read_total()))
-        except OSError as error:
-            if index == 0:
+        if index == 0:
+            try:
+                total_before = process.read_total()
+            except OSError as error:
                 pipe.send(("failed", error))
                 return
-            process.connections[0].lose(error)
-        process.open_all(first=1)
+            pipe.send(("before", total_before))
+        process.open_all()
         pipe.send(("ready", None))
         orders.go.wait()
         orders.report_progress()
         process.run()
         orders.stop_reporting()
+        process.close()
         pipe.send(("loaded", process.result))
         orders.finish.wait()
         if index == 0:
-            process.result.total_after = process.read_total()
+            # With the run's own connections closed there is a worker for this one.
+            with contextlib.suppress(OSError):
+                process.result.total_after = process.read_total()
         pipe.send(("result", process.result))
-        process.close()
         code = 0
     except BrokenPipeError:
         pass  # the parent is gone, and nobody waits for a result
@@ -254,11 +267,41 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
-@contextlib.contextmanager
-def _signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt inside, as SIGINT does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class _Interrupts:
+    """SIGINT and SIGTERM: a KeyboardInterrupt at first, and a count once the load runs.
+
+    While it counts, `wake_end` becomes readable with each signal, so that a wait for results ends
+    and no message is lost half-way to an exception.
+    """
+
+    def __init__(self) -> None:
+        self.counting = False
+        self._count = 0
+        self.wake_end, self._waker = os.pipe()
+        for end in (self.wake_end, self._waker):
+            os.set_blocking(end, False)
+        self._before: list[tuple[signal.Signals, Any]] = []
+
+    def taken(self) -> int:
+        """How many signals came since counting began."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_end, 100)
+        return self._count
+
+    def __enter__(self) -> _Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before.append((number, signal.signal(number, self._on_signal)))
+        signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._before:
+            signal.signal(number, handler)
+        for end in (self.wake_end, self._waker):
+            os.close(end)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        if not self.counting:
+            raise KeyboardInterrupt
+        self._count += 1

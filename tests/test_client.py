@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
+import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -158,23 +165,31 @@ def test_a_server_that_comes_back_is_connected_to_again() -> None:
                 assert requests > 100
 
 
+def answer_with(totals: list[int], doubled: int = -1) -> Callable[[socket.socket], None]:
+    """A script that answers frame by frame, over all connections, and one answer twice."""
+    left = list(enumerate(totals))
+
+    def script(sock: socket.socket) -> None:
+        while left:
+            receive_exactly(sock, 16)
+            number, total = left.pop(0)
+            sock.sendall(encode_total(total) * (1 + (number == doubled)))
+        receive_exactly(sock, 16)
+
+    return script
+
+
 @pytest.mark.parametrize(
     ("totals", "expected"),
     [
         ([0, 5, 4, 6, 6], "4 after 5, where 1 was added"),
         ([0, 1, 1, 2, 3], "1 after 1, where 1 was added"),
-        ([0, 1, 2, 3, 1], "1 after 3, where 0 was added"),
+        ([0, 1, 2, 3, 1], "the total grew by 1, less than the 3 answered"),
         ([0, 2**63 + 5, 7, 8, 8], "where 1 was added"),
     ],
 )
 def test_wrong_totals_are_exit_4_with_an_example(totals: list[int], expected: str) -> None:
-    def script(sock: socket.socket) -> None:
-        for total in totals:
-            receive_exactly(sock, 16)
-            sock.sendall(encode_total(total))
-        receive_exactly(sock, 16)
-
-    with ScriptedServer(script) as server:
+    with ScriptedServer(answer_with(totals)) as server:
         code, shown = run_client(
             server.address, "--connections", "1", "--requests", "3", "--warmup", "0"
         )
@@ -184,18 +199,72 @@ def test_wrong_totals_are_exit_4_with_an_example(totals: list[int], expected: st
 
 
 def test_replies_that_nothing_asked_for_are_wrong() -> None:
-    def script(sock: socket.socket) -> None:
-        for total in range(3):
-            receive_exactly(sock, 16)
-            sock.sendall(encode_total(total) * (1 + (total == 1)))
-        receive_exactly(sock, 16)
-
-    with ScriptedServer(script) as server:
+    with ScriptedServer(answer_with([0, 1, 2, 3], doubled=1)) as server:
         code, shown = run_client(
-            server.address, "--connections", "1", "--requests", "1", "--warmup", "0"
+            server.address, "--connections", "1", "--requests", "2", "--warmup", "0"
         )
         assert code == 4, shown
         assert "1 replies that nothing asked for" in shown
+
+
+def test_a_silent_server_does_not_hold_the_client_longer_than_its_timeouts() -> None:
+    with ScriptedServer(lambda sock: receive_exactly(sock, 10**6)) as server:
+        started = time.monotonic()
+        code, shown = run_client(
+            server.address, "--connections", "30", "--timeout", "500ms", *SHORT
+        )
+        assert code == 5, shown
+        assert time.monotonic() - started < 8, "one timeout before, one in, one after the run"
+
+
+def test_a_stall_at_the_end_of_a_run_counts_in_its_rate(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+
+    def script(sock: socket.socket) -> None:
+        stalled = threading.Event()
+        for total in range(10**6):
+            receive_exactly(sock, 16)
+            if total == 100:
+                stalled.wait(2)
+            sock.sendall(encode_total(total))
+
+    with ScriptedServer(script) as server:
+        arguments = ("--connections", "1", "--duration", "1s", "--warmup", "0", "--timeout", "5s")
+        run_client(server.address, *arguments, "--json", str(file))
+        result = json.loads(file.read_text())
+        assert result["elapsed_s"] >= 1
+        assert result["measured"] <= 102
+
+
+def test_the_closing_read_is_not_among_the_latencies(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    answered = itertools.count()
+
+    def script(sock: socket.socket) -> None:
+        while True:
+            receive_exactly(sock, 16)
+            number = next(answered)
+            if number == 21:
+                threading.Event().wait(0.6)
+            sock.sendall(encode_total(min(number, 20)))
+
+    with ScriptedServer(script) as server:
+        arguments = ("--connections", "1", "--requests", "20", "--warmup", "0")
+        code, shown = run_client(server.address, *arguments, "--json", str(file))
+        assert code == 0, shown
+        result = json.loads(file.read_text())
+        assert result["measured"] == 20
+        assert result["latency_ns"]["max"] < 500e6
+
+
+def test_a_load_process_that_is_killed_makes_the_check_undecided() -> None:
+    with ServerCommand() as server:
+        with client(server.address, "--duration", "3s", "--processes", "2") as command:
+            wait_for_load(server)
+            os.kill(children(command.process.pid)[0], signal.SIGKILL)
+            assert command.finish() == 5
+            shown = command.output()
+            assert "check     not checked: a load process died" in shown
 
 
 def test_a_server_that_never_answers_is_reported_after_the_timeout() -> None:
@@ -276,12 +345,15 @@ def test_an_open_loop_counts_the_wait_for_a_server_that_stalls(tmp_path: Path) -
     """The requests that fall due during a stall of 0.4 s have waited for up to 0.4 s."""
     file = tmp_path / "result.json"
 
+    answered = itertools.count()
+
     def script(sock: socket.socket) -> None:
-        for total in range(1000):
+        while True:
             receive_exactly(sock, 16)
-            if total == 50:
+            number = next(answered)
+            if number == 50:
                 threading.Event().wait(0.4)
-            sock.sendall(encode_total(max(0, min(total, 200))))
+            sock.sendall(encode_total(min(number, 200)))
 
     with ScriptedServer(script) as server:
         arguments = ("--connections", "1", "--rate", "500", "--requests", "200", "--warmup", "0")
@@ -290,3 +362,31 @@ def test_an_open_loop_counts_the_wait_for_a_server_that_stalls(tmp_path: Path) -
         result = json.loads(file.read_text())
         assert result["latency_ns"]["p90"] > 250e6, "every tenth fell due early in the stall"
         assert result["raw_latency_ns"]["p90"] < 100e6, "a single one was sent into it"
+
+
+def test_ctrl_c_in_a_terminal_is_one_signal_and_still_reports() -> None:
+    with ServerCommand() as server:
+        arguments = f"client.py --serverAddress {server.address} --duration 1h --warmup 0"
+        terminal, inside = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, *arguments.split()],
+            cwd=ROOT,
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+        )
+        os.close(inside)
+        try:
+            wait_for_load(server)
+            os.write(terminal, b"\x03")
+            shown = b""
+            while b"ok: the total grew by exactly" not in shown:
+                shown += os.read(terminal, 4096)
+            assert b"Interrupted after" in shown
+            assert process.wait(20) == 130
+        finally:
+            process.kill()
+            process.wait()
+            os.close(terminal)

@@ -21,7 +21,9 @@ import pytest
 
 from client import ConnectError, CounterClient, OutcomeUnknown
 from harness import (
+    PATIENCE_S,
     ROOT,
+    Command,
     ServerCommand,
     children,
     is_alive,
@@ -231,6 +233,68 @@ def add_random(address: str, seed: str, stop: threading.Event, outcome: Outcome)
                 pass
 
 
+def test_without_libatomic_the_total_is_as_exact_and_the_log_says_so() -> None:
+    script = (
+        "import counter, server, sys\n"
+        "def missing(*_): raise OSError('no libatomic')\n"
+        "counter.AtomicCounter.__init__ = missing\n"
+        "sys.exit(server.main(['--port', '0', '--processes', '3']))\n"
+    )
+    with Command("-c", script) as server:
+        server.error_line_with("shared by a file lock, because libatomic is missing")
+        address = server.line().split()[2]
+        with adding(address, 2, 4) as outcomes:
+            wait_until(partial(has_passed, time.monotonic() + 1), "a second is over")
+        server.signal(signal.SIGTERM)
+        assert server.finish() == 0
+        totals = [total for outcome in outcomes for total in outcome.totals]
+        assert len(set(totals)) == len(totals) > 100
+        assert max(totals) == sum(outcome.answered for outcome in outcomes)
+
+
+def test_a_server_whose_output_is_closed_is_stopped_in_order() -> None:
+    """A child that fails to flush must not go on in the master's code."""
+    script = f"exec {sys.executable} server.py --port 0 --processes 3 >&- 2>&-"
+    process = subprocess.Popen(["sh", "-c", script], cwd=ROOT)
+    try:
+        wait_until(lambda: len(children(process.pid)) == 3, "three processes serve")
+        wait_until(lambda: all(map(ignores_interrupts, children(process.pid))), "they have begun")
+        started = time.monotonic()
+        forked = children(process.pid)
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE_S)
+        assert time.monotonic() - started < 4
+        assert not any(map(is_alive, forked))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ignores_interrupts(pid: int) -> bool:
+    with open(f"/proc/{pid}/status") as status:
+        ignored = next(line for line in status if line.startswith("SigIgn"))
+    return bool(int(ignored.split()[1], 16) & 1 << (signal.SIGINT - 1))
+
+
+def test_a_place_that_fails_after_the_server_has_served_does_not_end_it() -> None:
+    serve = """
+tries = os.path.getsize('/proc/self/fd/9')
+os.write(9, b'x')
+if 1 < tries < 6: os._exit(3)
+ready()
+if tries >= 6: os.kill(os.getppid(), signal.SIGTERM)
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+if tries == 1: time.sleep(0.2); os._exit(1)
+while True: time.sleep(60)
+"""
+    ran = run_master(
+        serve,
+        before="import os, logging\nlogging.basicConfig()\nos.dup2(os.memfd_create('tries'), 9)",
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("before it was ready; another is tried in") == 4
+
+
 MASTER = """
 import os, signal, sys, time
 from prefork import CannotBoot, Master
@@ -250,10 +314,10 @@ except CannotBoot as error:
 """
 
 
-def run_master(serve: str) -> subprocess.CompletedProcess[str]:
+def run_master(serve: str, before: str = "") -> subprocess.CompletedProcess[str]:
     indented = "\n".join("    " + line for line in serve.splitlines())
     return subprocess.run(
-        [sys.executable, "-c", MASTER.format(serve=indented)],
+        [sys.executable, "-c", before + MASTER.format(serve=indented)],
         cwd=ROOT,
         capture_output=True,
         text=True,
