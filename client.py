@@ -19,11 +19,13 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from protocol import (
     MAX_UNREAD_FRAMES,
     REPLY_SIZE,
+    AddressError,
+    AmountError,
     CounterError,
     decode_totals,
     encode_frame,
@@ -35,7 +37,14 @@ if TYPE_CHECKING:
     from result import Result
     from settings import ClientSettings
 
-__all__ = ["ConnectError", "CounterClient", "CounterError", "OutcomeUnknown"]
+__all__ = [
+    "AddressError",
+    "AmountError",
+    "ConnectError",
+    "CounterClient",
+    "CounterError",
+    "OutcomeUnknown",
+]
 
 EXIT_CANNOT_CONNECT: Final = 1
 EXIT_USAGE: Final = 2
@@ -183,7 +192,7 @@ class CounterClient:
             else:
                 return totals
         except TimeoutError:
-            why = f"no reply within {self.timeout:g} s"
+            why = f"no reply within {self.timeout:g} s (every worker of the server may be taken)"
         except OSError as error:
             why = f"the connection was lost ({(error.strerror or str(error)).lower()})"
         raise OutcomeUnknown(why, totals, amounts[len(totals) : sent], amounts[sent:])
@@ -264,12 +273,11 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _ask_once(settings: ClientSettings, amount: int) -> int:
     try:
         with CounterClient(str(settings.server_address), settings.timeout_s) as counter:
-            print(counter.add(amount))
+            return _say(str(counter.add(amount)), sys.stdout, 0)
     except ConnectError as error:
         return _fail(str(error), EXIT_CANNOT_CONNECT)
     except OutcomeUnknown as error:
         return _fail(str(error), EXIT_ERRORS)
-    return 0
 
 
 def _load(settings: ClientSettings) -> int:
@@ -303,17 +311,28 @@ def _load(settings: ClientSettings) -> int:
         if show:
             sys.stderr.write("\r\x1b[K")
     table = sys.stderr if settings.json == "-" else sys.stdout
-    print("\n".join(report.lines(result)), file=table)
-    text = report.as_json(result, settings) + "\n"
+    code = _say("\n".join(report.lines(result)), table, report.exit_code(result))
+    text = report.as_json(result, settings)
     if settings.json == "-":
-        sys.stdout.write(text)
-    elif settings.json:
+        return _say(text, sys.stdout, code)
+    if settings.json:
         try:
             with open(settings.json, "w") as file:
-                file.write(text)
+                file.write(text + "\n")
         except OSError as error:
             return _fail(f"--json {settings.json}: {error.strerror}", EXIT_ERRORS)
-    return report.exit_code(result)
+    return code
+
+
+def _say(text: str, stream: TextIO, code: int) -> int:
+    """Writes a result; gives back `code`, or EXIT_ERRORS where nobody could read it."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        # Otherwise the interpreter tries once more at its end, and prints a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return _fail(f"cannot write the result: {error.strerror}; it was: {text}", EXIT_ERRORS)
+    return code
 
 
 def _fail(message: str, code: int) -> int:

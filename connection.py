@@ -31,7 +31,7 @@ from gevent.greenlet import Greenlet
 from gevent.timeout import Timeout
 
 from counter import Counter
-from protocol import TOTAL_MASK, BadFrame, Batch, encode_total
+from protocol import TOTAL_MASK, BadFrame, Batch, encode_total, format_address
 from slots import REQUESTS
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             batch, self.rest = self.server.decode(data)
         except BadFrame as bad:
             batch, self.rest = bad.batch, b""
-            self.server.refused(bad.reason, str(bad))
+            self.server.refused(bad.reason, f"{self.peer()}: {bad}")
             self.end(bad.reason, lingers=True)
         if batch:
             self.ask(batch.sum(), batch)
@@ -213,6 +213,14 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
         self.ending = reason
         self.lingers = lingers
         self.wake()
+
+    def peer(self) -> str:
+        """The peer's address, for the log."""
+        try:
+            host, port = self.sock.getpeername()[:2]
+        except OSError:
+            return "a peer that is gone"
+        return format_address(host, port)
 
     def fail(self) -> None:
         """Ends the connection for an error of the server's own, unanswered rather than wrongly."""
@@ -304,7 +312,7 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             if expired is not timeout:
                 raise
             self.unsent = b""
-            self.server.refused("not-reading", "a peer does not read its replies")
+            self.server.refused("not-reading", f"{self.peer()} does not read its replies")
             self.end("not-reading")
         finally:
             timeout.close()

@@ -4,6 +4,7 @@ set -eu
 out=$(mktemp)
 "$BIN/python" server.py --port 0 >"$out" &
 server=$!
+trap 'exit 130' INT TERM
 trap 'kill "$server" 2>/dev/null || true; rm -f "$out"' EXIT
 while ! grep -q '^Listening on ' "$out"; do
     kill -0 "$server" 2>/dev/null || { wait "$server"; exit 1; }

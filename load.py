@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import math
 import random
 import socket
 import time
@@ -507,6 +508,9 @@ class Pace:
         self._free.extend([(connection, connection.sock)] * count)
         self._send_due()
 
+    def _due_ns(self) -> int:
+        return self._start_ns + int(self._next * self._interval_ns)
+
     def behind(self, now: int) -> int:
         """How many requests were due by then and have not been sent."""
         left = self._process.requests_left
@@ -519,7 +523,12 @@ class Pace:
     def _send_due(self) -> None:
         process = self._process
         while self._free and process.sending:
-            due_ns = self._start_ns + int(self._next * self._interval_ns)
+            due_ns = self._due_ns()
+            if due_ns < process.measure_from_ns <= clock():
+                # What the warm-up left behind is not carried into the measured part.
+                ahead_ns = process.measure_from_ns - self._start_ns
+                self._next = math.ceil(ahead_ns / self._interval_ns)
+                due_ns = self._due_ns()
             if due_ns > clock():
                 self._alarm.set(due_ns - due_ns % -TICK_NS)
                 return

@@ -130,6 +130,7 @@ def lines(result: Result) -> list[str]:
     verdict = judge(result)
     errors = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(result.errors.items()))
     unknown = f"; outcome unknown: {result.unknown:,}" if result.unknown else ""
+    asked = f", {result.asked_rate:,.10g} asked for" if result.asked_rate else ""
     ending = "Interrupted" if result.interrupted else "All clients finished"
     rows = [
         (
@@ -141,12 +142,14 @@ def lines(result: Result) -> list[str]:
             f"{result.sent:,} sent, {result.answered:,} answered, warm-up and reads included",
         ),
         ("measured", f"{result.measured:,} requests in {format_s(result.elapsed_s)}"),
-        ("rate", f"{rate(result):,.0f} requests a second"),
+        ("rate", f"{rate(result):,.0f} requests a second{asked}"),
         *latency_rows(result),
         ("errors", (errors or "none") + unknown),
         ("total", f"{_total(result.total_before)} before, {_total(result.total_after)} after"),
         ("check", f"{verdict.word}: {verdict.reason}"),
     ]
+    if "timeout" in result.errors:
+        rows.append(("note", "no reply in time: has the server fewer workers than connections?"))
     if result.behind:
         rows.append(("behind", f"{count(result.behind, 'request')} due and not sent at the end"))
     if result.cpu_share > SATURATED and result.elapsed_s > SATURATED_S:
@@ -178,6 +181,7 @@ def as_json(result: Result, settings: ClientSettings) -> str:
             "unknown_sum": str(result.unknown_sum),
             "measured": result.measured,
             "behind": result.behind,
+            "asked_requests_per_s": result.asked_rate,
             "elapsed_s": result.elapsed_s,
             "requests_per_s": rate(result),
             "latency_ns": _times_ns(result.latencies),

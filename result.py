@@ -112,6 +112,7 @@ class Result:
     processes: int = 1
     cpu_share: float = 0.0  # of the busiest process, of one core, over the measured part
     interrupted: bool = False
+    asked_rate: float = 0.0  # open loop: requests a second that were to be sent
     behind: int = 0  # open loop: due when the run ended, and not sent
 
     def merge(self, other: Result) -> None:

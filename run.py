@@ -118,6 +118,7 @@ class _Run:
         result.total_before = total_before
         result.total_after = self.results[first].total_after
         result.interrupted = self.stopped
+        result.asked_rate = self.shares[0].settings.rate
         result.processes = len(self.shares)
         return result
 

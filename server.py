@@ -49,6 +49,12 @@ ACCEPT_PAUSE_S: Final = 0.1
 # for an idle process to wake, short beside what a connection costs its peer anyway.
 LEAVE_TO_OTHERS_S: Final = 0.001
 
+# A peer that is silent so long is asked whether it is still there, and after so many questions
+# without an answer it is gone: 45 s in all.
+KEEPALIVE_IDLE_S: Final = 30
+KEEPALIVE_INTERVAL_S: Final = 5
+KEEPALIVE_PROBES: Final = 3
+
 # Descriptors besides the workers' own: the process's, and sockets that linger.
 SPARE_DESCRIPTORS: Final = 64
 
@@ -169,7 +175,7 @@ class CounterServer(StreamServer):
     def refused(self, reason: str, detail: str) -> None:
         """Counts and logs that a peer was turned away."""
         self.slot[REFUSED] += 1
-        self.limited_log.warning(reason, "connection refused: %s", detail)
+        self.limited_log.warning(reason, "a peer was refused: %s", detail)
 
     def count_connections(self, change: int) -> None:
         """Notes that a connection began (+1) or ended (-1)."""
@@ -190,7 +196,8 @@ class CounterServer(StreamServer):
         now = time.monotonic()
         for connection, started_at in list(self.incomplete.items()):
             if now - started_at >= self.frame_timeout_s:
-                self.refused("incomplete", f"a frame stopped after {len(connection.rest)} bytes")
+                stopped = f"a frame stopped after {len(connection.rest)} bytes"
+                self.refused("incomplete", f"{connection.peer()}: {stopped}")
                 connection.end("incomplete", lingers=True)
         for linger in [linger for linger in self.lingering if now >= linger.until]:
             linger.close()
@@ -273,9 +280,14 @@ def listen(host: str, port: int, backlog: int) -> socket.socket:
         raise OSError(f"cannot listen on host {host!r}: {reason}; see --host") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted sockets inherit it: a system call less for each. Without it a reply can wait
-        # 40 ms for the acknowledgement of the one before (Nagle's algorithm and delayed ACK).
+        # Accepted sockets inherit these: fewer system calls for each. Without the first a reply can
+        # wait 40 ms for the acknowledgement of the one before (Nagle's algorithm and delayed ACK);
+        # without the others a peer that vanished without a word keeps its worker for ever.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
         listener.bind(address)
         listener.listen(backlog)
     except OSError as error:
@@ -405,8 +417,8 @@ def say(line: str) -> None:
     """Writes one line of the result to standard output at once, also into a pipe."""
     try:
         print(line, flush=True)
-    except BrokenPipeError:
-        _log.warning("nobody reads standard output any more: %s", line)
+    except OSError as error:
+        _log.warning("cannot write to standard output (%s): %s", error.strerror, line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -390,3 +390,40 @@ def test_ctrl_c_in_a_terminal_is_one_signal_and_still_reports() -> None:
             process.kill()
             process.wait()
             os.close(terminal)
+
+
+def test_a_peer_that_accepts_and_closes_is_reported_and_breaks_nothing() -> None:
+    accepted = itertools.count()
+
+    def script(sock: socket.socket) -> None:
+        if next(accepted) == 0:
+            receive_exactly(sock, 16)
+            sock.sendall(encode_total(0))
+
+    with ScriptedServer(script) as server:
+        code, shown = run_client(server.address, *SHORT, "--connections", "4")
+        assert code == 5, shown
+        assert "died" not in shown
+        assert "Assertion" not in shown
+        assert "connection closed" in shown or "connection reset" in shown
+
+
+def test_a_rate_that_cannot_be_kept_says_what_was_asked_for() -> None:
+    with ServerCommand() as server:
+        code, shown = run_client(server.address, *SHORT, "--rate", "100000000")
+        assert code == 0, shown
+        assert "100,000,000 asked for" in shown
+        assert re.search(r"behind    [\d,]+ requests due and not sent", shown)
+        assert not re.search(r"measured  0 ", shown)
+
+
+def test_a_result_that_cannot_be_written_is_one_line_and_exit_5() -> None:
+    with ServerCommand() as server:
+        for arguments in ("--add 3", "--duration 200ms --warmup 0"):
+            command = f"{sys.executable} client.py --serverAddress {server.address} {arguments}"
+            ran = subprocess.run(
+                f"{command} >/dev/full", shell=True, cwd=ROOT, capture_output=True, check=False
+            )
+            assert ran.returncode == 5
+            assert b"cannot write the result: No space left on device" in ran.stderr
+            assert b"Traceback" not in ran.stderr

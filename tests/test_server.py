@@ -230,7 +230,7 @@ def test_a_full_pool_makes_the_next_connection_wait_and_says_so() -> None:
 def test_a_peer_that_does_not_read_is_dropped_and_costs_bounded_memory() -> None:
     with ServerCommand("--writeTimeout", "500ms") as server, server.connect() as peer:
         fill(peer)
-        server.error_line_with("a peer does not read its replies")
+        server.error_line_with("does not read its replies")
         with pytest.raises(ConnectionError):
             drain_and_send(peer)
         assert memory_mb(server.process.pid) < 120
@@ -385,7 +385,7 @@ def test_running_out_of_descriptors_is_logged_once_survived_and_recovered_from()
         assert server.errors().count("cannot accept") <= 1
 
 
-def test_replies_do_not_wait_for_acknowledgements() -> None:
+def test_replies_do_not_wait_and_a_peer_that_vanished_is_found() -> None:
     check = """
 import socket, gevent
 from counter import MemoryCounter
@@ -398,6 +398,8 @@ with socket.create_connection(server.address):
         gevent.sleep(0.001)
     (connection,) = server.pool
     assert connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
 """
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, timeout=30)
 
