@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import _socket
 import contextlib
-import math
 import random
 import socket
 import time
@@ -26,7 +25,7 @@ from gevent.event import Event
 from gevent.socket import socket as cooperative_socket
 from gevent.socket import wait_read
 
-from alarm import Alarm
+from pace import Pace
 from protocol import REPLY_SIZE, TOTAL_MASK, Batch, UniformBatch, decode_totals, encode_frame
 from result import CHECKABLE_SUM, WRONG_KEPT, Result
 from settings import ClientSettings
@@ -37,9 +36,6 @@ SWEEP_S: Final = 0.25  # how late an overdue reply is noticed at most
 RECONNECT_S: Final = 0.1  # between attempts to open a lost connection again
 SMALL_READ: Final = 64  # one reply, and room to see that there is more
 LARGE_READ: Final = 65536
-# Due requests go out at most so late. Setting the kernel's timer costs 15 us on a virtual machine:
-# done for each request of a high rate, it would be most of the client's time.
-TICK_NS: Final = 100_000
 DEEP: Final = 96  # frames in flight from which on NumPy checks the replies faster
 _READ, _WRITE = 1, 2  # libev's event masks
 
@@ -482,60 +478,6 @@ class LoadProcess:
         """Waits for the replies in flight; the sweep ends those that do not come."""
         while any(connection.in_flight for connection in self.connections):
             gevent.sleep(0.002)
-
-
-class Pace:
-    """The schedule of an open loop: request k is due k intervals after the start, whoever is late.
-
-    A request that is due while every connection is busy waits, and its latency counts from when it
-    was due: a slow server does not slow down the question (coordinated omission).
-    """
-
-    def __init__(self, process: LoadProcess, rate: float) -> None:
-        self._process = process
-        self._interval_ns = 1e9 / rate
-        self._free: deque[tuple[LoadConnection, object]] = deque()
-        self._start_ns = 0
-        self._next = 0
-        self._alarm = Alarm(process.loop, self._send_due)
-
-    def start(self, now: int) -> None:
-        """Begins the schedule."""
-        self._start_ns = now - now % -TICK_NS
-
-    def offer(self, connection: LoadConnection, count: int) -> None:
-        """A connection can take `count` further requests."""
-        self._free.extend([(connection, connection.sock)] * count)
-        self._send_due()
-
-    def _due_ns(self) -> int:
-        return self._start_ns + int(self._next * self._interval_ns)
-
-    def behind(self, now: int) -> int:
-        """How many requests were due by then and have not been sent."""
-        left = self._process.requests_left
-        due = int((now - self._start_ns) / self._interval_ns) + 1 - self._next
-        return max(0, due if left is None else min(due, left))
-
-    def close(self) -> None:
-        self._alarm.close()
-
-    def _send_due(self) -> None:
-        process = self._process
-        while self._free and process.sending:
-            due_ns = self._due_ns()
-            if due_ns < process.measure_from_ns <= clock():
-                # What the warm-up left behind is not carried into the measured part.
-                ahead_ns = process.measure_from_ns - self._start_ns
-                self._next = math.ceil(ahead_ns / self._interval_ns)
-                due_ns = self._due_ns()
-            if due_ns > clock():
-                self._alarm.set(due_ns - due_ns % -TICK_NS)
-                return
-            connection, sock = self._free.popleft()
-            if connection.sock is sock and process.take_requests(1, due_ns):
-                self._next += 1
-                connection.send(process.draw(1), due_ns)
 
 
 def split_batch(batch: Batch, count: int) -> tuple[Batch, Batch]:

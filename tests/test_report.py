@@ -17,7 +17,8 @@ from report import (
     rate,
 )
 from result import CHECKABLE_SUM, Histogram, Result
-from settings import Address, Amounts, ClientSettings, Seconds
+from settings import ClientSettings
+from values import Address, Amounts, Seconds
 
 TOP = 2**64
 HALF = CHECKABLE_SUM

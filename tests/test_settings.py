@@ -13,17 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from settings import (
-    LONGEST_S,
-    Address,
-    Amounts,
-    ClientSettings,
-    Seconds,
-    ServerSettings,
-    masked,
-    parse_seconds,
-    read_settings,
-)
+from settings import ClientSettings, ServerSettings, read_settings
+from values import LONGEST_S, Address, Amounts, Seconds, masked, parse_seconds
 
 PROPERTY = settings(deadline=None, derandomize=True)
 

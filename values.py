@@ -1,0 +1,169 @@
+"""How the values of options are written: numbers, durations, addresses, ranges, words.
+
+Every reader turns text into a value or raises argparse.ArgumentTypeError with the text and what
+would do; every value prints as it can be read. Nothing here knows which option it serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Final
+
+from protocol import MAX_AMOUNT, AddressError, format_address, parse_address
+
+_DURATION: Final = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*(ms|s|m|h|)")
+_MILLISECONDS: Final = {"ms": 1, "s": 1000, "": 1000, "m": 60_000, "h": 3_600_000}
+
+# A year: the kernel's clocks take it, and whoever writes more has mistaken the unit.
+LONGEST_S: Final = 365 * 24 * 3600
+
+_ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """The amounts that the load generator sends: uniform over low..high, both included."""
+
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is: a host name or IP address, and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return format_address(self.host, self.port)
+
+
+class Seconds(float):
+    """A length of time in seconds that prints as it is written: 500ms, 5s, 2m; read back equal."""
+
+    def __str__(self) -> str:
+        for unit, seconds in (("h", 3600), ("m", 60), ("s", 1)):
+            if self >= seconds and self % seconds == 0:
+                return f"{int(self) // seconds}{unit}"
+        return f"{self!r}s" if self > 1 else f"{(Decimal(repr(self)) * 1000).normalize():f}ms"
+
+
+def parse_whole(minimum: int, maximum: int = MAX_AMOUNT) -> Callable[[str], int]:
+    """A reader of whole numbers of minimum..maximum; `1,000` and `1_000` are 1000."""
+
+    def parse(text: str) -> int:
+        digits = text.strip().replace(",", "").replace("_", "")
+        # Twenty digits are 2^64 and above; int() refuses thousands of them in words of its own.
+        if not (re.fullmatch("[0-9]{1,20}", digits) and minimum <= int(digits) <= maximum):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number of {minimum} to {maximum}"
+            )
+        return int(digits)
+
+    return parse
+
+
+def parse_host(text: str) -> str:
+    """A host name or IP address to listen on."""
+    if not text.strip():
+        # To the system an empty host is every interface.
+        raise argparse.ArgumentTypeError(
+            "the host is empty; write 127.0.0.1 to serve this machine, 0.0.0.0 to serve others too"
+        )
+    return text
+
+
+def parse_port(text: str) -> int:
+    """A port, written `8080` or as Go has it, `:8080`."""
+    if text.startswith("tcp://"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is what Kubernetes sets for a Service of this name, not a port; "
+            "set enableServiceLinks: false in the pod, or name the Service otherwise"
+        )
+    return parse_whole(0, 65535)(text.strip().removeprefix(":"))
+
+
+def parse_server_address(text: str) -> Address:
+    """`HOST:PORT`, `:PORT` or `[IPv6]:PORT`."""
+    try:
+        address = Address(*parse_address(text))
+    except AddressError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if address.port == 0:
+        raise argparse.ArgumentTypeError(f"address {text!r}: port 0 cannot be connected to")
+    return address
+
+
+def parse_seconds(minimum_s: float) -> Callable[[str], Seconds]:
+    """A reader of durations (`500ms`, `5s`, `2m`, `1h`, plain seconds) of `minimum_s` to a year."""
+
+    def parse(text: str) -> Seconds:
+        match = _DURATION.fullmatch(text.strip().lower())
+        if match:
+            # Decimal, here and in Seconds, so that what is printed is read back equal.
+            seconds = Seconds(Decimal(match[1]) * _MILLISECONDS[match[2]] / 1000)
+            if minimum_s <= seconds <= LONGEST_S:
+                return seconds
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a duration of {Seconds(minimum_s)} to {Seconds(LONGEST_S)}; "
+            "write 500ms, 5s, 2m or plain seconds"
+        )
+
+    return parse
+
+
+def parse_rate(text: str) -> float:
+    """Requests a second, of 0 to 100 million; a fraction is possible."""
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text.strip()) or float(text) > 1e8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 to 100000000")
+    return float(text)
+
+
+def parse_amounts(text: str) -> Amounts:
+    """A number, or `LOW-HIGH`."""
+    whole = parse_whole(0)
+    low, dash, high = text.partition("-")
+    amounts = Amounts(whole(low), whole(high if dash else low))
+    if amounts.low > amounts.high:
+        raise argparse.ArgumentTypeError(f"{text!r}: the lower bound is above the upper one")
+    return amounts
+
+
+def parse_store(text: str) -> str:
+    """`memory`; where the total is kept."""
+    if text != "memory":
+        raise argparse.ArgumentTypeError(f"{masked(text)!r} is not a store; write memory")
+    return text
+
+
+def parse_choice(*choices: str) -> Callable[[str], str]:
+    """A reader of one of a few words."""
+
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}")
+        return text.lower()
+
+    return parse
+
+
+def parse_switch(text: str) -> bool:
+    """`true` or `false`, or another pair of such words."""
+    return parse_choice(*_ON, *_OFF)(text) in _ON
+
+
+def masked(text: str) -> str:
+    """The text with the password of every URL in it, before its host or in its query, as `***`.
+
+    A password that should have been escaped is hidden too, if need be with what stands behind it.
+    """
+    text = re.sub(r"(?s)(\w+://[^/\s:@]*):((?!\s\w+://).)*@", r"\1:***@", text)
+    return re.sub(r"(?i)([?&]password=)[^&'\"]*", r"\1***", text)
