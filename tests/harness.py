@@ -6,7 +6,9 @@ Every process started here is ended here; every wait has a deadline and a condit
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
 import re
 import resource
 import select
@@ -15,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -340,3 +343,19 @@ def cpu_seconds(pid: int) -> float:
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def run_in_terminal(*arguments: str) -> tuple[subprocess.Popen[bytes], int]:
+    """A command of the project with a terminal of its own; gives back the terminal's other end."""
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+    )
+    os.close(inside)
+    return process, terminal

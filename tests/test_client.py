@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
-import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +26,7 @@ from harness import (
     cpu_seconds,
     is_alive,
     receive_exactly,
+    run_in_terminal,
     wait_until,
 )
 from protocol import encode_total
@@ -366,18 +364,9 @@ def test_an_open_loop_counts_the_wait_for_a_server_that_stalls(tmp_path: Path) -
 
 def test_ctrl_c_in_a_terminal_is_one_signal_and_still_reports() -> None:
     with ServerCommand() as server:
-        arguments = f"client.py --serverAddress {server.address} --duration 1h --warmup 0"
-        terminal, inside = pty.openpty()
-        process = subprocess.Popen(
-            [sys.executable, *arguments.split()],
-            cwd=ROOT,
-            stdin=inside,
-            stdout=inside,
-            stderr=inside,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+        process, terminal = run_in_terminal(
+            *("client.py", "--serverAddress", server.address, "--duration", "1h", "--warmup", "0")
         )
-        os.close(inside)
         try:
             wait_for_load(server)
             os.write(terminal, b"\x03")

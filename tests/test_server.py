@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import fcntl
 import os
-import pty
 import random
 import re
 import select
@@ -14,7 +12,6 @@ import socket
 import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Iterator
 
@@ -22,7 +19,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import ROOT, Command, Peer, ServerCommand, cpu_seconds, peers, wait_until
+from harness import (
+    ROOT,
+    Command,
+    Peer,
+    ServerCommand,
+    cpu_seconds,
+    peers,
+    run_in_terminal,
+    wait_until,
+)
 from protocol import REPLY_SIZE, decode_totals, encode_frame, parse_address
 
 ONE = encode_frame(1)
@@ -300,18 +306,7 @@ def test_what_does_not_end_is_cut_after_the_drain_timeout() -> None:
 
 
 def test_ctrl_c_in_a_terminal_stops_the_server_in_order() -> None:
-    terminal, inside = pty.openpty()
-    program = [sys.executable, "server.py", "--port", "0"]
-    process = subprocess.Popen(
-        program,
-        cwd=ROOT,
-        stdin=inside,
-        stdout=inside,
-        stderr=inside,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
-    )
-    os.close(inside)
+    process, terminal = run_in_terminal("server.py", "--port", "0")
     try:
         shown = read_terminal_until(terminal, "(store: memory)")
         address = re.search(r"Listening on (\S+)", shown)
