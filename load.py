@@ -1,8 +1,9 @@
 """One process of the load generator: connections and their schedule. It fills a Result.
 
 Every connection is served by a callback of gevent's loop, as in the server; greenlets connect.
-Times are monotonic nanoseconds. A request is measured if it is sent in the measured part, and its
-latency runs from just before it is sent to when its reply is read.
+Times are monotonic nanoseconds. A request is measured if it is due in the measured part: in a
+closed loop when it is sent, in an open one when pace.py says. Its latency runs from then to when
+its reply is read.
 
 What a connection always checks: each total is the one before plus at least its own amount. That
 holds while all that is sent in the run sums below 2^63; beyond that a rise cannot be told from a
