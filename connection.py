@@ -65,23 +65,36 @@ class Turn:
     with 40 connections a request costs a sixth less than if each is added and answered by itself.
     """
 
-    __slots__ = ("_add", "_slot", "asked")
+    __slots__ = ("_add", "_asked", "_slot")
 
     def __init__(self, counter: Counter, slot: MutableSequence[int]) -> None:
         self._add = counter.add
         self._slot = slot
         # Of each connection: the sum of its frames, and their batch unless it is a single frame.
-        self.asked: list[tuple[Connection, int, Batch | None]] = []
+        self._asked: list[tuple[Connection, int, Batch | None]] = []
+
+    def ask(self, connection: Connection, amount: int, batch: Batch | None) -> None:
+        """Joins the turn; a long one is committed at once, while its sockets are in the cache."""
+        asked = self._asked
+        asked.append((connection, amount, batch))
+        if len(asked) == TURN_LENGTH:
+            self.commit()
+
+    def sweep(self, now: float) -> None:
+        """Nothing waits from one turn to the next."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def commit(self) -> None:
         """Adds the sum of all that was asked, then replies to each.
 
         Called by the loop before it waits, and by whoever acts on a connection in between.
         """
-        asked = self.asked
+        asked = self._asked
         if not asked:
             return
-        self.asked = []
+        self._asked = []
         try:
             before = self._add(sum([amount for _, amount, _ in asked]))
             count = sum([1 if batch is None else len(batch) for _, _, batch in asked])
@@ -112,12 +125,14 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
         "drain_bytes",
         "ending",
         "lingers",
+        "owed",
         "parked",
         "read_size",
         "rest",
         "server",
         "sock",
         "unsent",
+        "waits_for_answers",
         "watcher",
     )
 
@@ -127,11 +142,13 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
         self.sock = sock
         self.rest = b""  # the bytes of an incomplete frame
         self.unsent = b""  # replies that the kernel did not take; nothing is read while there are
+        self.owed = 0  # frames that wait for a store
         self.ending = ""
         self.lingers = False
         self.read_size = SMALL_READ
         self.drain_bytes = 0  # what is still to be read and answered before the end
         self.parked = False
+        self.waits_for_answers = False
         server.count_connections(+1)
         self.watcher = server.loop.io(sock.fileno(), READ)
         self.watcher.start(self.on_readable)
@@ -154,16 +171,9 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             if amount is None:
                 self.take(data)
             else:
-                self.ask(amount, None)
+                self.server.ask(self, amount, None)
         except Exception:
             self.fail()
-
-    def ask(self, amount: int, batch: Batch | None) -> None:
-        """Joins the turn; a long one is committed at once, while its sockets are in the cache."""
-        turn = self.server.turn
-        turn.asked.append((self, amount, batch))
-        if len(turn.asked) == TURN_LENGTH:
-            turn.commit()
 
     def take(self, data: bytes) -> None:
         """Takes frames that were read, or notes that the peer has ended."""
@@ -185,7 +195,7 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             self.server.refused(bad.reason, f"{self.peer()}: {bad}")
             self.end(bad.reason, lingers=True)
         if batch:
-            self.ask(batch.sum(), batch)
+            self.server.ask(self, batch.sum(), batch)
         if self.rest:
             if batch or not started:
                 self.server.incomplete[self] = time.monotonic()
@@ -194,6 +204,9 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
 
     def send(self, replies: bytes) -> None:
         """Hands replies to the kernel; what it does not take is left in `unsent`."""
+        if self.unsent:
+            self.unsent += replies
+            return
         try:
             sent = self.sock.send(replies)
         except BlockingIOError:
@@ -204,6 +217,18 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
         if sent < len(replies):
             self.unsent = replies[sent:]
             self.wake()
+
+    def answered(self, frames: int) -> None:
+        """Notes that so many frames that waited for a store have their replies."""
+        self.owed -= frames
+        if not self.owed and self.waits_for_answers:
+            self.waits_for_answers = False
+            self.server.loop.run_callback(self.switch)
+
+    def withdraw(self, reason: str) -> None:
+        """Ends the connection without an answer to what waits for a store."""
+        self.answered(self.owed)
+        self.end(reason, lingers=True)
 
     def end(self, reason: str, lingers: bool = False) -> None:
         """Has the greenlet end the connection; `lingers` if its peer may still be sending.
@@ -225,6 +250,7 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
     def fail(self) -> None:
         """Ends the connection for an error of the server's own, unanswered rather than wrongly."""
         self.server.failed()
+        self.answered(self.owed)
         self.end("failed")
 
     def wake(self) -> None:
@@ -237,7 +263,7 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             self.watcher.stop()
             if self.parked:
                 self.server.loop.run_callback(self.switch)
-            elif self.ending == GONE and not self.unsent:
+            elif self.ending == GONE and not self.unsent and not self.owed:
                 self.release()
                 self.server.pool.discard(self)
             else:
@@ -245,6 +271,7 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
 
     def release(self) -> None:
         """Lets go of the socket, which may linger, and of everything else."""
+        self.owed = 0
         self.watcher.close()
         self.server.count_connections(-1)
         self.server.incomplete.pop(self, None)
@@ -292,15 +319,26 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
         self.parked = False
 
     def flush(self) -> None:
-        """Waits until the kernel has taken every reply; a peer that does not read is dropped.
+        """Waits until everything is answered and the kernel has taken every reply.
 
         The deadline of an incomplete frame stands still meanwhile, since nothing is read.
         """
         self.server.turn.commit()
-        if not self.unsent:
+        if not self.unsent and not self.owed:
             return
         frame_started_at = self.server.incomplete.pop(self, None)
         blocked_at = time.monotonic()
+        while self.unsent or self.owed:
+            if self.unsent:
+                self.write()
+            else:
+                self.waits_for_answers = True
+                self.server.hub.switch()
+        if frame_started_at is not None:
+            self.server.incomplete[self] = frame_started_at + time.monotonic() - blocked_at
+
+    def write(self) -> None:
+        """Waits until the kernel has taken every reply; a peer that does not read is dropped."""
         writable = self.server.loop.io(self.sock.fileno(), WRITE)
         timeout = Timeout.start_new(self.server.write_timeout_s)
         try:
@@ -312,13 +350,12 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             if expired is not timeout:
                 raise
             self.unsent = b""
+            self.owed = 0
             self.server.refused("not-reading", f"{self.peer()} does not read its replies")
             self.end("not-reading")
         finally:
             timeout.close()
             writable.close()
-        if frame_started_at is not None:
-            self.server.incomplete[self] = frame_started_at + time.monotonic() - blocked_at
 
 
 class Linger:

@@ -50,6 +50,10 @@ class CannotBoot(Exception):
     """No process can serve, and trying again would not help."""
 
 
+class ChildError(Exception):
+    """A helping process gave no answer."""
+
+
 class Master:
     """Keeps `count` processes running, each of which runs `serve(index, ready)`.
 
@@ -251,6 +255,51 @@ class Master:
     def _tell(self, number: signal.Signals) -> None:
         for pid in self._indexes:
             os.kill(pid, number)
+
+
+def ask_child(work: Callable[[], str], timeout_s: float) -> str:
+    """What `work` gives, in a process of its own: what it opens and imports ends with it.
+
+    ChildError if it does not come within `timeout_s`, or not at all (then its log says why).
+    """
+    parent = os.getpid()
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            for number in _STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            die_with_parent(parent)
+            with open(write_end, "w", encoding="utf-8") as answer:
+                answer.write(work())
+            code = 0
+        except Exception:
+            _log.exception("a helping process failed")
+        finally:
+            os._exit(code)
+    os.close(write_end)
+    try:
+        return _read_all(read_end, timeout_s)
+    finally:
+        os.close(read_end)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _read_all(fd: int, timeout_s: float) -> str:
+    """What a pipe holds up to its end, which must come in time and not at once."""
+    deadline = time.monotonic() + timeout_s
+    data = b""
+    while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        more = os.read(fd, 65536)
+        if more:
+            data += more
+        elif data:
+            return data.decode()
+        else:
+            raise ChildError("it failed; the log says why")
+    raise ChildError(f"no answer within {timeout_s:g} s")
 
 
 def split_evenly(whole: int, parts: int) -> Sequence[int]:

@@ -27,13 +27,18 @@ from gevent.pool import Pool
 from gevent.server import StreamServer
 
 from connection import Connection, Linger, Turn
-from counter import Counter, MemoryCounter, make_shared_counter
+from counter import Counter
+from group_commit import GroupCommit
+from keeper import Keeper, make_keeper
 from log import LimitedLog, configure_log
 from machine import available_cpus, raise_descriptor_limit
+from outage import Outage
 from prefork import CUT_SIGNAL, EXIT_CANNOT_BOOT, CannotBoot, Master, split_evenly
 from protocol import Decoder, format_address
 from settings import ServerSettings, read_settings
-from slots import CONNECTIONS, REFUSED, REQUESTS, WORKERS, Slots
+from slots import CONNECTIONS, LOSSES, REFUSED, REQUESTS, WORKERS, Slots
+from stores import Store, StoreError
+from values import Seconds
 
 EXIT_CANNOT_START: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -94,7 +99,12 @@ class CounterServer(StreamServer):
         self.slots = Slots(1) if slots is None else slots
         self.index = index
         self.slot = self.slots[index]
-        self.turn = Turn(counter, self.slot)
+        self.turn: Turn | GroupCommit = (
+            self._make_group(counter, settings)
+            if isinstance(counter, Store)
+            else Turn(counter, self.slot)
+        )
+        self.ask = self.turn.ask
         self.incomplete: dict[Connection, float] = {}  # since when a frame is waited for
         self.lingering: set[Linger] = set()
         self.limited_log = LimitedLog(_log)
@@ -168,6 +178,21 @@ class CounterServer(StreamServer):
         """Gives a connection a worker; the base class accepts only while the Pool has one."""
         self.pool.add(Connection(self, sock))
 
+    def _make_group(self, store: Store, settings: ServerSettings) -> GroupCommit:
+        timeout_s = settings.store_timeout_s
+        name, patience = str(settings.store), str(Seconds(timeout_s))
+        outage = Outage(self.slots, self.index, _log, name, patience)
+
+        def note_loss() -> None:
+            self.slot[LOSSES] += 1
+            self.limited_log.warning(
+                "loss",
+                "store %s lost additions that it had answered: its total went back",
+                name,
+            )
+
+        return GroupCommit(store, self.slot, timeout_s, outage.begin, outage.end, note_loss)
+
     def failed(self) -> None:
         """Logs the error that is being handled: a connection ends of it, the others do not."""
         _log.exception("a connection failed")
@@ -201,6 +226,7 @@ class CounterServer(StreamServer):
                 connection.end("incomplete", lingers=True)
         for linger in [linger for linger in self.lingering if now >= linger.until]:
             linger.close()
+        self.turn.sweep(now)
         if not self._closing and self.pool.full():
             self._warn_of_waiting()
 
@@ -238,6 +264,7 @@ class CounterServer(StreamServer):
         gevent.killall(connections)
         for linger in list(self.lingering):
             linger.close()
+        self.turn.close()
         self._sweeper.close()
         self._before_waiting.close()
         self.limited_log.flush()
@@ -323,35 +350,39 @@ def serve(settings: ServerSettings) -> int:
     warn_of_descriptors(math.ceil(workers / max(1, processes)), raise_descriptor_limit())
     try:
         listener = listen(settings.host, settings.port, settings.backlog)
-    except OSError as error:
+        keeper = make_keeper(settings, processes)
+    except (OSError, StoreError) as error:
         sys.stderr.write(f"server.py: {error}\n")
         return EXIT_CANNOT_START
-    start = settings.set_total or 0
-    counter = make_shared_counter(start) if processes else MemoryCounter(start)
     slots = Slots(max(1, processes))
     host, port = listener.getsockname()[:2]
 
     def announce() -> None:
         count = f"{processes} processes" if processes > 1 else "1 process"
         where = format_address(host, port)
-        say(f"Listening on {where} with {workers} workers in {count} (store: {settings.store})")
+        total = "" if keeper.found.is_new else f", total: {keeper.found.total:,}"
+        say(
+            f"Listening on {where} with {workers} workers in {count} "
+            f"(store: {settings.store}{total})"
+        )
 
+    _log.info("CPUs to use: %g; an answered addition survives %s", cpus, keeper.found.survives)
+    for warning in keeper.found.warnings:
+        _log.warning("store %s: %s", settings.store, warning)
     if processes:
-        _log.info("CPUs to use: %g; the total is shared by %s", cpus, getattr(counter, "way", ""))
-        if not serve_forked(settings, listener, counter, workers, slots, announce):
+        if not serve_forked(settings, listener, keeper, workers, slots, announce):
             return EXIT_CANNOT_BOOT
     else:
-        serve_here(settings, listener, counter, workers, slots, 0, announce, STOP_SIGNALS)
-    say(f"Counter value: {counter.total():,}")
+        serve_here(settings, listener, keeper, workers, slots, 0, announce, STOP_SIGNALS)
+    say(f"Counter value: {keeper.last_total(slots):,}")
     say(f"Server stopped after processing total requests: {slots.sum(REQUESTS):,}")
-    counter.close()
     return 0
 
 
 def serve_forked(
     settings: ServerSettings,
     listener: socket.socket,
-    counter: Counter,
+    keeper: Keeper,
     workers: int,
     slots: Slots,
     announce: Callable[[], None],
@@ -362,7 +393,7 @@ def serve_forked(
     def serve_share(index: int, ready: Callable[[], None]) -> int:
         # The master ends a process by SIGTERM; Ctrl-C is for the master.
         only = (signal.SIGTERM,)
-        serve_here(settings, listener, counter, shares[index], slots, index, ready, only)
+        serve_here(settings, listener, keeper, shares[index], slots, index, ready, only)
         return 0
 
     master = Master(len(slots), serve_share, settings.drain_timeout_s, slots.clear_gauges)
@@ -377,7 +408,7 @@ def serve_forked(
 def serve_here(
     settings: ServerSettings,
     listener: socket.socket,
-    counter: Counter,
+    keeper: Keeper,
     workers: int,
     slots: Slots,
     index: int,
@@ -401,7 +432,7 @@ def serve_here(
 
     handlers = [gevent.signal_handler(number, on_stop) for number in stop_signals]
     handlers.append(gevent.signal_handler(CUT_SIGNAL, on_cut))
-    server = CounterServer(listener, counter, workers, settings, slots, index)
+    server = CounterServer(listener, keeper.open(), workers, settings, slots, index)
     server.start()
     # What exists now lives as long as the process: the collector need not look at it again.
     gc.collect()

@@ -32,6 +32,7 @@ from values import (
     Address,
     Amounts,
     Seconds,
+    StoreAddress,
     masked,
     parse_amounts,
     parse_choice,
@@ -122,16 +123,28 @@ class ServerSettings:
         parse=parse_whole(0, 1024),
         shown_default="one per whole CPU",
     )
-    store: str = option(
+    store: StoreAddress = option(
         "--store",
         _COUNT,
-        "where the total is kept: memory",
-        default="memory",
+        "where the total is kept: memory, sqlite:PATH, redis://HOST:PORT/0?key=counter or "
+        "rediss://… (TLS)",
+        default=StoreAddress("memory", "memory"),
         parse=parse_store,
         metavar="STORE",
     )
     set_total: int | None = option(
-        "--setTotal", _COUNT, "start from this total", parse=parse_whole(0), shown_default="0"
+        "--setTotal",
+        _COUNT,
+        "start from this total; refused where the store holds one already",
+        parse=parse_whole(0),
+    )
+    force: bool = option(
+        "--force",
+        _COUNT,
+        "let --setTotal overwrite the store's total",
+        default=False,
+        parse=parse_switch,
+        metavar="true|false",
     )
     max_increment: int = option(
         "--maxIncrement",
@@ -152,6 +165,14 @@ class ServerSettings:
         "--writeTimeout",
         _TIME,
         "a peer that does not read its replies for so long is dropped",
+        default=Seconds(30),
+        parse=parse_seconds(0.001),
+        metavar="TIME",
+    )
+    store_timeout_s: float = option(
+        "--storeTimeout",
+        _TIME,
+        "frames wait so long for a store that is away, then their connections close unanswered",
         default=Seconds(30),
         parse=parse_seconds(0.001),
         metavar="TIME",
@@ -315,6 +336,8 @@ _EPILOGS: Final = {
   python server.py                                  serve this machine on port 8080
   python server.py --port :9000 --multiplier 100    another port, five times the workers
   python server.py --host 0.0.0.0                   serve other machines as well
+  python server.py --store sqlite:counter.db        the total survives a restart and a power cut
+  python server.py --store redis://cache.example    share the total with other servers
   COUNTER_SERVER_PORT=9000 python server.py --printConfig
 """,
     ClientSettings: """examples:

@@ -15,10 +15,14 @@ from typing import Final
 # Counts, which only grow and survive the process.
 REQUESTS: Final = 0  # additions, reads included
 REFUSED: Final = 1  # connections that the server ended because of what the peer did
+TOTAL: Final = 2  # the last total that a store told
+TOTAL_AT_MS: Final = 3  # when, by the monotonic clock; 0 where none did
+LOSSES: Final = 4  # how often a store was found to have lost what it had answered
 
 # Gauges, which end with the process.
 CONNECTIONS: Final = 8  # connections that hold a worker now
 WORKERS: Final = 9  # how many may; 0 while the process does not accept
+AWAY_SINCE_MS: Final = 10  # since when its store is away, by the monotonic clock; 0 where it is not
 
 _FIRST_GAUGE: Final = 8
 _CELLS: Final = 16  # 128 bytes a slot: two processes never write to the same cache line
@@ -42,6 +46,11 @@ class Slots:
     def sum(self, cell: int) -> int:
         """One cell over all processes, dead and living."""
         return sum(slot[cell] for slot in self._slots)
+
+    def last_total(self) -> int | None:
+        """The newest total that a store told any of the processes; None where none did."""
+        newest = max(self._slots, key=lambda slot: slot[TOTAL_AT_MS])
+        return newest[TOTAL] if newest[TOTAL_AT_MS] else None
 
     def clear_gauges(self, index: int) -> None:
         """For a process that is dead: it holds nothing any more."""

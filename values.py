@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Final
+from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
 
 from protocol import MAX_AMOUNT, AddressError, format_address, parse_address
 
@@ -20,6 +21,9 @@ _MILLISECONDS: Final = {"ms": 1, "s": 1000, "": 1000, "m": 60_000, "h": 3_600_00
 
 # A year: the kernel's clocks take it, and whoever writes more has mistaken the unit.
 LONGEST_S: Final = 365 * 24 * 3600
+
+# What a rediss:// URL may say about certificates, in redis-py's words.
+_TLS_PARAMETERS: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs")
 
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -33,6 +37,20 @@ class Amounts:
 
     def __str__(self) -> str:
         return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
+
+
+@dataclass(frozen=True)
+class StoreAddress:
+    """Where a total is kept. `kind` is memory, sqlite, redis or rediss."""
+
+    text: str  # as it was written, password and all
+    kind: str
+    path: str = ""  # of SQLite's file
+    url: str = ""  # of Redis, without the key
+    key: str = ""
+
+    def __str__(self) -> str:
+        return masked(self.text)
 
 
 @dataclass(frozen=True)
@@ -137,11 +155,48 @@ def parse_amounts(text: str) -> Amounts:
     return amounts
 
 
-def parse_store(text: str) -> str:
-    """`memory`; where the total is kept."""
-    if text != "memory":
-        raise argparse.ArgumentTypeError(f"{masked(text)!r} is not a store; write memory")
-    return text
+def parse_store(text: str) -> StoreAddress:
+    """`memory`, `sqlite:PATH`, `redis://…` or `rediss://…`; where the total is kept."""
+    if text == "memory":
+        return StoreAddress(text, "memory")
+    kind, _, path = text.partition(":")
+    if kind == "sqlite" and path not in ("", ":memory:"):
+        return StoreAddress(text, kind, path=path)
+    if kind in ("redis", "rediss"):
+        try:
+            return _parse_redis(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{masked(text)!r}: {error}") from None
+    raise argparse.ArgumentTypeError(
+        f"{masked(text)!r} is not a store; write memory, sqlite:PATH or redis://HOST:PORT/0"
+    )
+
+
+def _parse_redis(text: str) -> StoreAddress:
+    """A Redis URL; the key is a parameter of it. ValueError if it is none."""
+    try:
+        parts = urlsplit(text)
+        has_place = parts.hostname and parts.port != 0
+    except ValueError:  # its text may hold part of a password
+        has_place = False
+    if not has_place or re.search(r"\s", text):
+        raise ValueError("write redis://HOST:PORT/0; a / in a password is %2F, a space %20")
+    if parts.fragment:
+        raise ValueError("a # in a password is %23")
+    if not re.fullmatch("/?|/[0-9]{1,6}", parts.path):
+        raise ValueError("behind the host stands the number of the database, as in /0")
+    parameters = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    allowed = ("key", *(_TLS_PARAMETERS if parts.scheme == "rediss" else ()))
+    for name, values in parameters.items():
+        if name not in allowed:
+            raise ValueError(f"parameter {name!r} is none of {', '.join(allowed)}")
+        if len(values) != 1 or not values[0]:
+            raise ValueError(f"parameter {name!r} needs one value")
+    key = parameters.pop("key", ["counter"])[0]
+    if re.search("[{}]", key) and not re.fullmatch(r"[^{}]*\{[^{}]+\}[^{}]*", key):
+        raise ValueError("braces in the key are a hash tag: one pair, with something in it")
+    query = urlencode({name: values[0] for name, values in parameters.items()})
+    return StoreAddress(text, parts.scheme, url=urlunsplit(parts._replace(query=query)), key=key)
 
 
 def parse_choice(*choices: str) -> Callable[[str], str]:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from settings import ClientSettings, ServerSettings, read_settings
-from values import LONGEST_S, Address, Amounts, Seconds, masked, parse_seconds
+from values import LONGEST_S, Address, Amounts, Seconds, StoreAddress, masked, parse_seconds
 
 PROPERTY = settings(deadline=None, derandomize=True)
 
@@ -26,10 +26,12 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "port": (":9000", 9000, "9001"),
     "backlog": ("16", 16, "17"),
     "multiplier": ("3", 3, "4"),
-    "store": ("memory", "memory", "elsewhere"),  # refused where it is not outdone
+    "store": ("memory", StoreAddress("memory", "memory"), "elsewhere"),  # refused if not outdone
     "set_total": ("1,000", 1000, "2"),
+    "force": ("true", True, "false"),
     "max_increment": ("1_000", 1000, "2"),
     "frame_timeout_s": ("2m", 120.0, "3m"),
+    "store_timeout_s": ("10s", 10.0, "3m"),
     "write_timeout_s": ("500ms", 0.5, "3m"),
     "drain_timeout_s": ("0", 0.0, "3m"),
     "log_level": ("ERROR", "error", "debug"),
@@ -591,14 +593,14 @@ def test_the_password_of_a_url_is_masked_and_nothing_else(text: str, shown: str)
 @pytest.mark.parametrize(
     ("arguments", "environment"),
     [
-        (["--store", "redis://user:secret@host/0"], {}),
-        (["--store=redis://:secret@host/0"], {}),
+        (["--store", "redis://user:secret@host/zero"], {}),
+        (["--store=redis://:secret@host/0?database=1"], {}),
         (["--stor=redis://user:secret@host/0"], {}),
         (["redis://user:secret@host/0"], {}),
         (["--port", "redis://user:secret@host/0"], {}),
         (["--frameTimeout", "redis://user:secret@host/0"], {}),
         (["--logLevel", "redis://user:secret@host/0"], {}),
-        ([], {"COUNTER_SERVER_STORE": "redis://user:secret@host/0"}),
+        ([], {"COUNTER_SERVER_STORE": "redis://user:secret@host/0#x"}),
         ([], {"COUNTER_SERVER_CONFIG": "redis://user:secret@host/0"}),
         (["--store", "redis://user:a secret/of mine@host/0"], {}),
         (["redis://user:a\nsecret@host/0"], {}),
@@ -612,7 +614,7 @@ def test_a_refusal_shows_no_password(
     assert ":***@host" in line
 
 
-@pytest.mark.parametrize("line", ["store = {}", "stoer = {}", "store {} {}", "= {}"])
+@pytest.mark.parametrize("line", ["store = {}?database=1", "stoer = {}", "store {} {}", "= {}"])
 def test_a_refused_file_shows_no_password(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
