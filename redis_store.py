@@ -43,6 +43,8 @@ RECORD_LIFE_S: Final = 24 * 3600
 # A commit in doubt is not asked for again when its record may be gone: half of that is safe.
 SETTLE_WITHIN_S: Final = RECORD_LIFE_S / 2
 
+LONGEST_TEXT: Final = 200
+
 MINIMUM_VERSION: Final = (6, 2)
 
 # KEYS: total, record of the writer. ARGV: number, amount as a signed integer, life of the record.
@@ -306,4 +308,6 @@ def _fields(text: str) -> dict[str, str]:
 
 
 def _said(error: Exception) -> str:
-    return masked(str(error) or type(error).__name__)
+    """The error in one line; Redis' own explanations can be pages long."""
+    text = str(error) or type(error).__name__
+    return masked(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…")
