@@ -2,8 +2,9 @@
 use instead, at the same work, on the same machine, in the same minutes?
 
 Command: make bench, or python benchmarks/compare.py [--rounds N] [--seconds S] [--only CASE ...]
-The whole of it takes under five minutes and writes docs/benchmarks.md and docs/benchmarks.svg; with
---only it prints its tables and writes nothing.
+The whole of it takes under seven minutes and writes docs/benchmarks.md and docs/benchmarks.svg;
+with --only it prints its tables and writes nothing. Files are made in a temporary directory, which
+has to be on a disk; --directory says where.
 
 Every server is started once, on one CPU, and stays; the load generator has another CPU. In each
 round every case is run against every server that takes part in it, one after the other, every
@@ -12,13 +13,13 @@ taken within a round.
 
 Invalid if: other work ran meanwhile (neither server nor generator was busy then: the table has
 both); the generator was fully busy and the server was not (then the rate is the generator's, and
-the CPU time per request is what to read); there are fewer than two CPUs (it then says so).
+the CPU time per request is what to read); there are fewer than two CPUs, or no disk for what is to
+be durable (it then says so).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import shlex
 import signal
@@ -30,70 +31,35 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
 
+import disk
+import measure
 import page
 import peers
-from peers import Cpus, Peer, PeerError, Running
-from results import Case, Measurement, Results, amount_text, load_table, memory_table, pair_table
-
-# Long enough for caches and socket buffers to settle, short enough for many rounds.
-WARMUP_S: Final = 0.2
-# What a run may take beyond its warm-up and measured part; the generator gives up before.
-GRACE_S: Final = 75.0
-
-IDLE_CONNECTIONS: Final = 4000
-IDLE_FIRST: Final = 20  # held before, so that what a server allocates once is not counted
-# Redis shrinks an idle client's buffers after some seconds, and its allocator takes ten more.
-IDLE_SETTLE_S: Final = 15.0
-PAIR_CONNECTIONS: Final = 40
-
-FAST: Final = ("floor", "server", "go", "redis")
-SLOW: Final = ("gevent", "uvloop")
-
-_MANY: Final = ("--connections", "4000")
-_RANDOM: Final = ("--amount", "random", "--in-flight")
-CASES: Final = (
-    Case("steady-40", "1 in flight, 40 connections", (), (*FAST, "plain", *SLOW)),
-    Case("steady-400", "1 in flight, 400 connections", ("--connections", "400"), (*FAST, *SLOW)),
-    Case("steady-4000", "1 in flight, 4,000 connections", _MANY, (*FAST, *SLOW)),
-    Case("flight-16", "16 in flight, 40 connections", ("--in-flight", "16"), (*FAST, "plain")),
-    Case("flight-256", "256 in flight, 40 connections", ("--in-flight", "256"), FAST),
-    Case("flight-1024", "1,024 in flight, 40 connections", ("--in-flight", "1024"), FAST),
-    Case("flight-4096", "4,096 in flight, 40 connections", ("--in-flight", "4096"), FAST),
-    Case("random-256", "64-bit amounts, 256 in flight", (*_RANDOM, "256"), FAST),
-    Case("random-4096", "64-bit amounts, 4,096 in flight", (*_RANDOM, "4096"), FAST),
-    Case("churn", "connect, add one, close, 40 at a time", ("--mode", "churn"), (*FAST, *SLOW)),
+from cases import (
+    CASES,
+    EVERY,
+    EVERYWHERE,
+    IDLE,
+    IDLE_CONNECTIONS,
+    IDLE_FIRST,
+    IDLE_SETTLE_S,
+    NAMES,
+    OWN,
+    PAIR,
+    PAIR_CONNECTIONS,
+    make_peer,
 )
-PAIR: Final = Case("pair", "server and client", (), ("pair", "pair_default", "go_pair"))
-IDLE: Final = Case("idle", "memory", ("--mode", "idle"), (*FAST, *SLOW))
-EVERY: Final = (*CASES, PAIR, IDLE)
-
-OWN: Final = {"server", "plain", "pair", "pair_default"}  # peers that must not be missing
-
-NAMES: Final = {
-    "floor": "C floor",
-    "server": "this server",
-    "plain": "this server, --processes 0",
-    "go": "Go, GOMAXPROCS=1",
-    "redis": "Redis, INCRBY 1",
-    "gevent": "gevent, textbook",
-    "uvloop": "asyncio, uvloop",
-    "pair": "this project's, one process each",
-    "pair_default": "this project's, processes by default",
-    "go_pair": "Go",
-}
-
-
-class RunError(Exception):
-    """A run that says nothing: a wrong reply, a lost connection, no end in time."""
+from measure import GRACE_S, WARMUP_S, RunError
+from peers import Cpus, Peer, PeerError, Running
+from results import Case, Measurement, Results, amount_text
 
 
 @dataclass
 class Bench:
     """One comparison under way."""
 
-    directory: Path  # for programs and logs, temporary
+    directory: Path  # for programs, logs and what is durable; temporary
     cpus: Cpus
     cases: Sequence[Case]
     results: Results
@@ -121,27 +87,6 @@ def note(text: str) -> None:
 # --- who takes part ---
 
 
-def make_peer(key: str, directory: Path) -> Peer:
-    """The server that NAMES calls so; PeerError if this machine lacks what it needs."""
-    match key:
-        case "floor":
-            return peers.floor(directory)
-        case "server" | "pair":
-            return peers.this_server("--processes", "1")
-        case "plain":
-            return peers.this_server("--processes", "0")
-        case "pair_default":
-            return peers.this_server()
-        case "go":
-            return peers.go(directory, {"GOMAXPROCS": "1"})
-        case "go_pair":
-            return peers.go(directory)
-        case "redis":
-            return peers.redis(directory)
-        case _:
-            return peers.python_peer(f"peer_{key}.py", key)
-
-
 def gather(bench: Bench) -> None:
     """Compiles the load generators and finds out which of the wanted peers there are."""
     try:
@@ -160,10 +105,14 @@ def gather(bench: Bench) -> None:
 
 
 def start_peer(bench: Bench, key: str, stack: ExitStack) -> Running:
-    """Starts a server, on its own CPU or in a pair on all; PeerError if it does not come up."""
-    cpus = bench.cpus.all if key in PAIR.peers else bench.cpus.server
+    """Starts a server and what is behind it; PeerError if one of them does not come up."""
+    peer = bench.peers[key]
+    cpus = bench.cpus.all if key in EVERYWHERE else bench.cpus.server
     log = bench.directory / f"{key}.log"
-    bench.running[key] = stack.enter_context(peers.started(bench.peers[key], cpus, log))
+    if peer.behind is not None:
+        behind_log = bench.directory / f"{key}-behind.log"
+        stack.enter_context(peers.started(peer.behind, bench.cpus.behind, behind_log))
+    bench.running[key] = stack.enter_context(peers.started(peer, cpus, log))
     return bench.running[key]
 
 
@@ -183,45 +132,10 @@ def start_peers(bench: Bench, stack: ExitStack) -> None:
 # --- one run ---
 
 
-def run_json(command: Sequence[str], cpus: frozenset[int], limit_s: float) -> Any:
-    """Runs a load generator to its end; gives back the JSON it printed. RunError otherwise."""
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            env=peers.environment({}),
-            preexec_fn=lambda: peers.prepare_child(cpus),
-        )
-    except subprocess.TimeoutExpired:
-        raise RunError(f"no end after {limit_s:g} s") from None
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise RunError(f"status {done.returncode}, {said[-1]}")
-    return json.loads(done.stdout)
-
-
-def generator_command(bench: Bench, running: Running, flags: Sequence[str]) -> list[str]:
-    command = [str(bench.generator), "--port", str(running.port), *flags]
-    if running.peer.protocol == "redis":
-        command += ["--protocol", "redis", "--amount", "1"]
-    return command
-
-
 def run_case(bench: Bench, case: Case, running: Running) -> Measurement:
-    seconds = bench.results.seconds
-    command = generator_command(bench, running, case.flags)
-    command += ["--warmup", str(WARMUP_S), "--seconds", str(seconds)]
-    command += ["--cpu-of", ",".join(map(str, running.pids()))]
-    result = run_json(command, bench.cpus.generator, WARMUP_S + seconds + GRACE_S)
-    return Measurement(
-        rate=result["rate"],
-        p50_us=result["p50_us"],
-        p99_us=result["p99_us"],
-        cpu_us=result["server_cpu_us_per_request"],
-        generator_share=result["generator_cpu_share"],
-    )
+    assert bench.generator is not None
+    seconds = bench.results.seconds * case.length
+    return measure.load(bench.generator, running, case.flags, seconds, bench.cpus.generator)
 
 
 def run_pair(bench: Bench, key: str, running: Running) -> Measurement:
@@ -236,7 +150,7 @@ def run_pair(bench: Bench, key: str, running: Running) -> Measurement:
         if key == "pair":
             command += ["--processes", "1"]
     command += ["--connections", str(PAIR_CONNECTIONS)]
-    result = run_json(command, bench.cpus.all, WARMUP_S + seconds + GRACE_S)
+    result = measure.run_json(command, bench.cpus.all, WARMUP_S + seconds + GRACE_S)
     return Measurement(rate=result["requests_per_s"])
 
 
@@ -271,9 +185,10 @@ def held(bench: Bench, key: str, connections: int) -> Iterator[None]:
 
     RunError if they cannot be opened; a wrong total at their end is noted as a failure.
     """
+    assert bench.generator is not None
     flags = [*IDLE.flags, "--connections", str(connections)]
     process = subprocess.Popen(
-        generator_command(bench, bench.running[key], flags),
+        measure.generator_command(bench.generator, bench.running[key], flags),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -327,28 +242,9 @@ def run_all(bench: Bench) -> None:
         measure_idle(bench)
 
 
-def tables(results: Results) -> list[str]:
-    """What is printed, and the middle of the page: the tables that have rows."""
-    idle = (
-        f"What a server's processes had grown by in RAM, {IDLE_SETTLE_S:g} s after each of"
-        f" {IDLE_CONNECTIONS:,} connections had added once. The kernel's part is not in it."
-    )
-    pair = (
-        f"{PAIR_CONNECTIONS} connections, one frame in flight. The Go client keeps no latencies;"
-        " this project's records every one."
-    )
-    lines = []
-    for title, text, table in (
-        ("One core each", "", load_table(results, CASES, NAMES)),
-        ("Server and client together, on all CPUs", pair, pair_table(results, PAIR, NAMES)),
-        ("Memory", idle, memory_table(results, NAMES)),
-    ):
-        if table:
-            lines += [f"## {title}", "", *([text, ""] if text else []), *table, ""]
-    return lines
-
-
-def write_page(bench: Bench, facts: Sequence[str], took_s: float, output: Path) -> None:
+def write_page(
+    bench: Bench, tables: Sequence[str], facts: Sequence[str], took_s: float, output: Path
+) -> None:
     """Writes the page and, if matplotlib is there, the plot."""
     output.mkdir(parents=True, exist_ok=True)
     picture = output / "benchmarks.svg"
@@ -359,7 +255,7 @@ def write_page(bench: Bench, facts: Sequence[str], took_s: float, output: Path) 
         except ImportError:
             bench.skip("the plot", "matplotlib is not installed")
     command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
-    text = page.page(bench.results, tables(bench.results), facts, command, took_s, picture.exists())
+    text = page.page(bench.results, tables, facts, command, took_s, picture.exists())
     (output / "benchmarks.md").write_text(text)
     note(f"wrote {output / 'benchmarks.md'}")
 
@@ -384,6 +280,12 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=peers.ROOT / "docs", metavar="DIR", help="default: docs"
     )
+    parser.add_argument(
+        "--directory",
+        type=disk.directory,
+        metavar="DIR",
+        help="on a disk; a temporary directory is made in it; default: the usual place for those",
+    )
     arguments = parser.parse_args()
     if arguments.rounds < 1 or arguments.seconds < 0.05:
         parser.error("at least one round, of at least 0.05 s a run")
@@ -396,20 +298,25 @@ def main() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # for 4,000 connections, inherited
     cpus = peers.choose_cpus()
-    facts = page.machine_facts(cpus.server, cpus.generator)
+    place = arguments.directory or disk.choose_directory()
+    results = Results(arguments.rounds, arguments.seconds)
     cases = [case for case in EVERY if arguments.only is None or case.key in arguments.only]
     begin_s = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="counter-benchmarks-") as directory:
-        results = Results(arguments.rounds, arguments.seconds)
+    with tempfile.TemporaryDirectory(prefix="counter-benchmarks-", dir=place) as directory:
         bench = Bench(Path(directory), cpus, cases, results)
+        what_disk = disk.description(bench.directory)
+        facts = page.machine_facts(cpus, what_disk)
         if cpus.server == cpus.generator:
             bench.skip("pinning server and generator apart", "there is only one CPU to use")
+        if disk.is_memory(bench.directory):
+            bench.skip("durability", f"{what_disk}: no disk was found, see --directory")
         run_all(bench)
-    print("\n".join(tables(results)))
+    tables = page.tables(results, cpus, what_disk)
+    print("\n".join(tables))
     took_s = time.monotonic() - begin_s
     note(f"took {took_s:.0f} s")
     if arguments.only is None:
-        write_page(bench, facts, took_s, arguments.output)
+        write_page(bench, tables, facts, took_s, arguments.output)
     for line in (*results.skipped, *results.failures):
         print(f"- {line}")
     return 1 if results.failures else 0

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
+import sqlite3
 import statistics
 import subprocess
 import textwrap
@@ -19,7 +21,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from results import FLOOR, SERVER, Case, Results
+from cases import (
+    CASES,
+    DURABLE,
+    DURABLE_LENGTH,
+    IDLE_CONNECTIONS,
+    IDLE_SETTLE_S,
+    NAMES,
+    PAIR,
+    PAIR_CONNECTIONS,
+    SHARED_FILE,
+    SHARED_REDIS,
+)
+from peers import Cpus
+from results import FLOOR, SERVER, Case, Results, load_table, memory_table, pair_table
 
 # This server is a warm colour, what others wrote is cool or grey.
 COLOURS: Final = {
@@ -33,7 +48,7 @@ COLOURS: Final = {
 LABEL_WIDTH: Final = 16  # characters, under the bars of a case
 BAR_WIDTH: Final = 0.15  # of the distance between two cases
 
-PACKAGES: Final = ("gevent", "greenlet", "xxhash", "numpy", "cffi", "uvloop")
+PACKAGES: Final = ("gevent", "greenlet", "xxhash", "numpy", "cffi", "redis", "uvloop")
 TOOLS: Final = (("cc", "--version"), ("go", "version"), ("redis-server", "--version"))
 TOOL_TIMEOUT_S: Final = 10
 
@@ -61,10 +76,38 @@ Written by `benchmarks/compare.py`; a new run replaces it. The command was `{com
   leave the signed 64 bits it counts in.
 """
 
+# Filled to lines when they are complete.
+DURABLE_TEXT: Final = """\
+`server.py --store sqlite:FILE --processes 1` beside `redis-server --appendonly yes --appendfsync
+always --save ""`: both have each addition on the disk before they answer it, and one CPU each.
+SQLite's file and Redis's are in one directory, on {disk}. A run is {length:g} times as long as
+those above. By itself: `python benchmarks/compare.py --only {only}`."""
+
+SHARED_FILE_TEXT: Final = """\
+Here the servers may use all CPUs, the generator's too: on one CPU a second process can only be in
+the way of the first. With only two CPUs it is in the way of the generator. By itself:
+`python benchmarks/compare.py --only {only}`."""
+
+SHARED_REDIS_TEXT: Final = """\
+`server.py --store redis://127.0.0.1:PORT/0 --processes 1`, with a Redis that keeps nothing on the
+disk, beside the same server with its total in memory. The server has one CPU; Redis {redis_cpu}.
+The CPU time is this server's, without Redis's. By itself:
+`python benchmarks/compare.py --only {only}`."""
+
+PAIR_TEXT: Final = """\
+{connections} connections, one frame in flight. The Go client keeps no latencies; this project's
+records every one."""
+
+IDLE_TEXT: Final = """\
+What a server's processes had grown by in RAM, {settle_s:g} s after each of {connections:,}
+connections had added once. The kernel's part is not in it."""
+
+TEXT_WIDTH: Final = 100
+
 
 def page(
     results: Results,
-    tables: Sequence[str],
+    body: Sequence[str],
     facts: Sequence[str],
     command: str,
     took_s: float,
@@ -79,22 +122,83 @@ def page(
         took_s=took_s,
         picture="![Shares of the floor, case by case](benchmarks.svg)\n\n" if picture else "",
     )
-    parts = [introduction, *tables, "## Where it ran", "", *facts, "", "## What was skipped", ""]
+    parts = [introduction, *body, "## Where it ran", "", *facts, "", "## What was skipped", ""]
     parts += [f"- {reason}" for reason in results.skipped] or ["Nothing."]
     if results.failures:
         parts += ["", "## What failed", "", *(f"- {failure}" for failure in results.failures)]
     return "\n".join(parts) + "\n"
 
 
-def machine_facts(server_cpus: frozenset[int], generator_cpus: frozenset[int]) -> list[str]:
+def tables(results: Results, cpus: Cpus, what_disk: str) -> list[str]:
+    """What is printed, and the middle of the page: the tables that have rows, with their texts."""
+    lines = []
+    for title, text, table in _sections(results, cpus, what_disk):
+        if table:
+            lines += [f"## {title}", "", *([*_filled(text), ""] if text else []), *table, ""]
+    return lines
+
+
+def _sections(results: Results, cpus: Cpus, what_disk: str) -> list[tuple[str, str, list[str]]]:
+    """Title, text and table of each."""
+    floor_and_redis = {"of the floor": FLOOR, "of Redis": "redis"}
+    by_memory = NAMES | {"server": "this server, memory store"}
+    redis_cpu = (
+        "shares that of the load generator, as there is no third"
+        if cpus.behind == cpus.generator
+        else "another"
+    )
+    return [
+        ("One core each", "", load_table(results, CASES, NAMES, floor_and_redis)),
+        (
+            "Durable before the reply",
+            DURABLE_TEXT.format(disk=what_disk, length=DURABLE_LENGTH, only=_keys(DURABLE)),
+            load_table(results, DURABLE, NAMES, {"of Redis": "redis_always"}),
+        ),
+        (
+            "Two processes on one SQLite file",
+            SHARED_FILE_TEXT.format(only=SHARED_FILE.key),
+            load_table(results, [SHARED_FILE], NAMES, {"of 1 process": "sqlite_one"}),
+        ),
+        (
+            "A total in Redis",
+            SHARED_REDIS_TEXT.format(redis_cpu=redis_cpu, only=SHARED_REDIS.key),
+            load_table(results, [SHARED_REDIS], by_memory, {"of memory": SERVER}),
+        ),
+        (
+            "Server and client together, on all CPUs",
+            PAIR_TEXT.format(connections=PAIR_CONNECTIONS),
+            pair_table(results, PAIR, NAMES),
+        ),
+        (
+            "Memory",
+            IDLE_TEXT.format(settle_s=IDLE_SETTLE_S, connections=IDLE_CONNECTIONS),
+            memory_table(results, NAMES),
+        ),
+    ]
+
+
+def _filled(text: str) -> list[str]:
+    """The text in lines. A command, in backticks, is not broken: it is there to be copied."""
+    whole = re.sub("`[^`]*`", lambda code: " ".join(code[0].split()).replace(" ", "\0"), text)
+    lines = textwrap.wrap(whole, TEXT_WIDTH, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
+
+
+def _keys(cases: Sequence[Case]) -> str:
+    return " ".join(case.key for case in cases)
+
+
+def machine_facts(cpus: Cpus, what_disk: str) -> list[str]:
     """The machine and the versions of everything that took part, as a Markdown list."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return [
         f"- {_cpu_model()}, {os.cpu_count()} CPUs, {memory_bytes / 2**30:.0f} GiB; servers on CPU"
-        f" {_numbers(server_cpus)}, generator on CPU {_numbers(generator_cpus)}",
+        f" {_numbers(cpus.server)}, generator on CPU {_numbers(cpus.generator)}",
+        f"- Durable files on {what_disk}",
         f"- {platform.system()} {platform.release()}, {_distribution()};"
         f" load average before the run {os.getloadavg()[0]:.2f}",
-        f"- Python {platform.python_version()}, {', '.join(map(_package, PACKAGES))}",
+        f"- Python {platform.python_version()}, {', '.join(map(_package, PACKAGES))},"
+        f" SQLite {sqlite3.sqlite_version}",
         *(f"- {line}" for name, flag in TOOLS if (line := _tool(name, flag))),
     ]
 

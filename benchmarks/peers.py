@@ -1,9 +1,11 @@
 """Question: who takes part in the comparison, and how is each one built, started, pinned and ended?
 
-Command: none, compare.py uses it. Everything that is a process is here, and no number is judged.
+Command: none, compare.py and commit_ways.py use it. Everything that is a process is here, and no
+number is judged.
 
 Invalid if: a peer is given less than its users would give it. Each is started as its own manual
-says for one core, without persistence, with a backlog that holds a burst of connections.
+says for one core, with a backlog that holds a burst of connections, and without persistence unless
+that is what it is compared for.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Final
@@ -53,14 +55,16 @@ class Peer:
     environment: Mapping[str, str] = field(default_factory=dict)
     ready: str = r"Listening on 127\.0\.0\.1:(\d+)"
     port: int = 0  # where `ready` has no group
+    behind: Peer | None = None  # what it needs running: the Redis that it keeps its total in
 
 
 @dataclass(frozen=True)
 class Cpus:
-    """Which CPUs the server, the generator and, for pairs, both together may use."""
+    """Which CPUs the server, the generator, what is behind a server, and all together may use."""
 
     server: frozenset[int]
     generator: frozenset[int]
+    behind: frozenset[int]
     all: frozenset[int]
 
 
@@ -87,12 +91,17 @@ class Running:
 
 
 def choose_cpus() -> Cpus:
-    """One CPU for the server and one for the generator, not two threads of one core if possible."""
+    """One CPU for the server and one for the generator, not two threads of one core if possible.
+
+    What is behind a server has a third one, or the generator's if there is none: on the server's
+    it would take the time that is measured.
+    """
     usable = sorted(os.sched_getaffinity(0))
     siblings = Path(f"/sys/devices/system/cpu/cpu{usable[0]}/topology/thread_siblings_list")
     shared = set(re.findall(r"\d+", siblings.read_text())) if siblings.exists() else set()
     others = [cpu for cpu in usable[1:] if str(cpu) not in shared] or usable[1:] or usable
-    return Cpus(frozenset(usable[:1]), frozenset(others[:1]), frozenset(usable))
+    behind = others[1:2] or others[:1]
+    return Cpus(*map(frozenset, (usable[:1], others[:1], behind, usable)))
 
 
 def compile_c(source: str, directory: Path) -> Path:
@@ -129,21 +138,34 @@ def this_server(*flags: str) -> Peer:
     return Peer([*command, "--multiplier", str(MULTIPLIER), *flags])
 
 
+def sqlite_store_server(file: Path, processes: int) -> Peer:
+    """This project's server with its total in a SQLite file, which it makes."""
+    return this_server("--store", f"sqlite:{file}", "--processes", str(processes))
+
+
+def redis_store_server(directory: Path) -> Peer:
+    """This project's server with its total in a Redis without persistence; PeerError without."""
+    behind = redis(directory)
+    flags = ("--store", f"redis://127.0.0.1:{behind.port}/0", "--processes", "1")
+    return replace(this_server(*flags), behind=behind)
+
+
 def go(directory: Path, environment: Mapping[str, str] | None = None) -> Peer:
     """The Go server; without `environment` it uses every core it may."""
     return Peer([str(compile_go("peer.go", directory))], environment=environment or {})
 
 
-def redis(directory: Path) -> Peer:
-    """Redis without persistence. Bound to loopback it needs no protected mode, which would refuse
-    the addresses 127.0.0.2 and up that the generator takes when it connects very often."""
+def redis(directory: Path, *flags: str) -> Peer:
+    """Redis without persistence unless the flags say otherwise. Bound to loopback it needs no
+    protected mode, which would refuse the addresses 127.0.0.2 and up that the generator takes when
+    it connects very often."""
     program = shutil.which("redis-server")
     if program is None:
         raise PeerError("no redis-server")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory)]
-    command += ["--save", "", "--appendonly", "no", "--protected-mode", "no"]
+    command += ["--protected-mode", "no", "--save", "", *(flags or ("--appendonly", "no"))]
     return Peer(command, protocol="redis", ready="Ready to accept connections", port=port)
 
 
@@ -168,7 +190,10 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def started(peer: Peer, cpus: frozenset[int], log: Path) -> Iterator[Running]:
-    """Runs a peer on these CPUs until the block ends; PeerError if it does not come up."""
+    """Runs a peer, without what is behind it, on these CPUs until the block ends.
+
+    PeerError if it does not come up.
+    """
     with log.open("wb") as errors:
         process = subprocess.Popen(
             peer.command,

@@ -1,6 +1,6 @@
 """Question: what do the measurements of a comparison say? Medians, ratios, a table.
 
-Command: none, compare.py uses it. Nothing here starts or measures anything.
+Command: none, compare.py and commit_ways.py use it. Nothing here starts or measures anything.
 
 Invalid if: a ratio is taken between different rounds. The machine's speed drifts by tens of percent
 within minutes, so a ratio is always that of two runs in one round, and its median is over rounds.
@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-# The peers that others are held against, and the one that the plot labels.
-FLOOR, REDIS, GO_PAIR, SERVER = "floor", "redis", "go_pair", "server"
+# The peers that the plot holds others against and labels, and that of the pairs.
+FLOOR, SERVER, GO_PAIR = "floor", "server", "go_pair"
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Case:
     title: str
     flags: Sequence[str]
     peers: Sequence[str]
+    length: float = 1  # measured for so many times the seconds of a run
 
 
 @dataclass(frozen=True)
@@ -116,25 +117,32 @@ def three_digits(number: float) -> str:
     return f"{number:.0f}" if number >= 99.95 else f"{number:#.3g}"
 
 
-def load_table(results: Results, cases: Iterable[Case], names: Mapping[str, str]) -> list[str]:
-    """One row for each case and server, as a Markdown table."""
-    header = ["case", "server", "requests/s", "of the floor", "of Redis"]
+def load_table(
+    results: Results,
+    cases: Iterable[Case],
+    names: Mapping[str, str],
+    bases: Mapping[str, str],
+) -> list[str]:
+    """One row for each case and server, as a Markdown table.
+
+    `bases` are the peers that all are held against, by what the column is called.
+    """
+    header = ["case", "server", "requests/s", *bases]
     header += ["server CPU us/request", "server busy", "generator busy", "p50", "p99"]
     rows = []
     for case in cases:
         measured = [peer for peer in case.peers if (case.key, peer) in results.runs]
         for place, peer in enumerate(measured):
             title = case.title if place == 0 else ""
-            rows.append([title, names[peer], *_load_cells(results, case.key, peer)])
+            ratios = [ratio_text(results.ratios(case.key, peer, base)) for base in bases.values()]
+            rate = rate_text(results.rates(case.key, peer))
+            rows.append([title, names[peer], rate, *ratios, *_cost_cells(results, case.key, peer)])
     return markdown_table(header, rows)
 
 
-def _load_cells(results: Results, case: str, peer: str) -> list[str]:
+def _cost_cells(results: Results, case: str, peer: str) -> list[str]:
     cpu_us = results.median(case, peer, lambda run: run.cpu_us)
     return [
-        rate_text(results.rates(case, peer)),
-        ratio_text(results.ratios(case, peer, FLOOR)),
-        ratio_text(results.ratios(case, peer, REDIS)),
         "-" if cpu_us is None else three_digits(cpu_us),
         share_text(results.median(case, peer, lambda run: run.server_share)),
         share_text(results.median(case, peer, lambda run: run.generator_share)),
