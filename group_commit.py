@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, MutableSequence
+from itertools import accumulate, compress
 from typing import TYPE_CHECKING, Any, Final
 
 import gevent
@@ -107,15 +108,19 @@ class GroupCommit:
     def sweep(self, now: float) -> None:
         """Withdraws what has waited too long, and notices a store that is silent."""
         late_at = now - self._timeout_s
-        if self._under_way and self._asked_at <= late_at:
-            self._withdraw(self._under_way)
         with self._taking:
             late = max((count for at, count in self._marks if at <= late_at), default=0)
-            if late:
-                self._withdraw(self._asked[:late])
+            overdue = self._asked[:late]
+            if self._asked_at <= late_at:
+                overdue += self._under_way
+            if overdue:
+                self._withdraw(overdue)
                 # Whatever else those connections asked for stands behind what is withdrawn.
-                self._asked[:] = [asked for asked in self._asked if asked[0].owed]
-                self._marks.clear()
+                kept = [bool(connection.owed) for connection, _, _ in self._asked]
+                self._asked[:] = compress(self._asked, kept)
+                left = list(accumulate(kept, initial=0))
+                marks = [(at, left[count]) for at, count in self._marks if at > late_at]
+                self._marks = [(at, count) for at, count in marks if count]
             if self._asked and (not self._marks or self._marks[-1][1] < len(self._asked)):
                 self._marks.append((now, len(self._asked)))
         if self._busy and now - self._started_at >= SILENT_S:
@@ -148,10 +153,13 @@ class GroupCommit:
         self._store.close()
 
     def _take(self) -> int:
-        """Moves all that waits into the commit; gives back its sum. Called by the worker."""
+        """Moves all that waits into the commit; gives back its sum. Called by the worker.
+
+        A connection that was withdrawn since it asked is owed nothing, and nothing of it is added.
+        """
         with self._taking:
             count = len(self._asked)
-            self._under_way = self._asked[:count]
+            self._under_way = [asked for asked in self._asked[:count] if asked[0].owed]
             del self._asked[:count]
             self._asked_at = self._marks[0][0] if self._marks else self._started_at
             self._marks.clear()
@@ -221,9 +229,9 @@ class GroupCommit:
         answered = 0
         for connection, amount, batch in under_way:
             frames = 1 if batch is None else len(batch)
-            answered += frames
             after = (before + amount) & TOTAL_MASK
             if connection.owed:
+                answered += frames
                 try:
                     connection.send(encode_total(after) if batch is None else batch.replies(before))
                     connection.answered(frames)
@@ -236,9 +244,12 @@ class GroupCommit:
     def _put_back(self) -> None:
         """What a commit held that was not made waits again, in front of what came since."""
         with self._taking:
-            count = len(self._under_way)
-            self._marks = [(self._asked_at, count), *((at, n + count) for at, n in self._marks)]
-            self._asked[:0] = [asked for asked in self._under_way if asked[0].owed]
+            again = [asked for asked in self._under_way if asked[0].owed]
+            count = len(again)
+            if count:
+                later = [(at, n + count) for at, n in self._marks]
+                self._marks = [(self._asked_at, count), *later]
+            self._asked[:0] = again
             self._under_way = []
 
     def _try_again(self, reason: str) -> None:

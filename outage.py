@@ -2,7 +2,8 @@
 it ends.
 
 Each process finds out for itself. Of several, the first to notice says that the store is away, and
-the last to get on with it says that it is back; they know of each other by their slots.
+the last to get on with it says that it is back; they know of each other by their slots, which are
+looked at by one at a time: processes that one lock wakes notice in the same microseconds.
 """
 
 from __future__ import annotations
@@ -37,24 +38,26 @@ class Outage:
     def begin(self, reason: str) -> None:
         """Notes, and says if this process is the first, that the store is away."""
         now_ms = self._now_ms()
-        self._slots[self._index][AWAY_SINCE_MS] = now_ms
-        others_ms = self._of_others()
-        self._began_ms = min([now_ms, *others_ms])
-        if not others_ms:
-            self._log.warning(
-                "store %s is away (%s); additions wait up to %s for it, then their connections "
-                "close unanswered",
-                self._store,
-                reason,
-                self._patience,
-            )
+        with self._slots.alone():
+            self._slots[self._index][AWAY_SINCE_MS] = now_ms
+            others_ms = self._of_others()
+            self._began_ms = min([now_ms, *others_ms])
+            if not others_ms:
+                self._log.warning(
+                    "store %s is away (%s); additions wait up to %s for it, then their connections "
+                    "close unanswered",
+                    self._store,
+                    reason,
+                    self._patience,
+                )
 
     def end(self) -> None:
         """Notes, and says if this process is the last, that the store is back."""
-        self._slots[self._index][AWAY_SINCE_MS] = 0
-        if not self._of_others():
-            away_s = (self._now_ms() - self._began_ms) / 1000
-            self._log.warning("store %s is back after %.1f s", self._store, away_s)
+        with self._slots.alone():
+            self._slots[self._index][AWAY_SINCE_MS] = 0
+            if not self._of_others():
+                away_s = (self._now_ms() - self._began_ms) / 1000
+                self._log.warning("store %s is back after %.1f s", self._store, away_s)
 
     def _of_others(self) -> list[int]:
         cells = (self._slots[i][AWAY_SINCE_MS] for i in range(len(self._slots)) if i != self._index)

@@ -271,8 +271,10 @@ def ask_child(work: Callable[[], str], timeout_s: float) -> str:
             for number in _STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             die_with_parent(parent)
+            text = work()
+            # Only now: the end of the pipe is the end of this process, and a failure is said first.
             with open(write_end, "w", encoding="utf-8") as answer:
-                answer.write(work())
+                answer.write(text)
             code = 0
         except Exception:
             _log.exception("a helping process failed")

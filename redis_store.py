@@ -154,6 +154,7 @@ class RedisStore(Store):
         return value[0]
 
     def close(self) -> None:
+        self._doubted = None
         with suppress(RedisError, OSError):
             self._connection.disconnect()
 

@@ -2,15 +2,22 @@
 
 A slot is a row of uint64 cells in one anonymous mapping, made before the fork. Only its own
 process writes a slot while it lives, each cell by one aligned store, so no lock is needed and a
-reader never sees half a number. When a process dies its counts stay, for its successor goes on from
-them, and the master, its only writer by then, clears its gauges.
+reader never sees half a number; what has to be decided once for all slots is decided alone().
+When a process dies its counts stay, for its successor goes on from them, and the master, its only
+writer by then, clears its gauges.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
-from collections.abc import MutableSequence
+import os
+import weakref
+from collections.abc import Iterator, MutableSequence
+from contextlib import contextmanager
 from typing import Final
+
+from protocol import TOTAL_MASK
 
 # Counts, which only grow and survive the process.
 REQUESTS: Final = 0  # additions, reads included
@@ -25,6 +32,10 @@ WORKERS: Final = 9  # how many may; 0 while the process does not accept
 AWAY_SINCE_MS: Final = 10  # since when its store is away, by the monotonic clock; 0 where it is not
 
 _FIRST_GAUGE: Final = 8
+
+# So much later than another may a process note a total that the store told it earlier.
+_LATE_MS: Final = 1000
+
 _CELLS: Final = 16  # 128 bytes a slot: two processes never write to the same cache line
 
 
@@ -35,6 +46,8 @@ class Slots:
         self._memory = mmap.mmap(-1, count * _CELLS * 8)
         cells = memoryview(self._memory).cast("Q")
         self._slots = [cells[i * _CELLS : (i + 1) * _CELLS] for i in range(count)]
+        self._lock = os.memfd_create("slots-lock")
+        weakref.finalize(self, os.close, self._lock)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -43,14 +56,36 @@ class Slots:
         """A process's own slot, to be read and written by the names above."""
         return self._slots[index]  # type: ignore[return-value]
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process at a time, for what hangs on several slots and seldom happens.
+
+        The kernel drops the lock of a process that dies.
+        """
+        fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN)
+
     def sum(self, cell: int) -> int:
         """One cell over all processes, dead and living."""
         return sum(slot[cell] for slot in self._slots)
 
     def last_total(self) -> int | None:
-        """The newest total that a store told any of the processes; None where none did."""
-        newest = max(self._slots, key=lambda slot: slot[TOTAL_AT_MS])
-        return newest[TOTAL] if newest[TOTAL_AT_MS] else None
+        """The last total that a store told any of the processes; None where none did.
+
+        Each notes what it was told a moment later: of those noted at nearly the same time, the
+        last is the one that is ahead of the others.
+        """
+        told = [slot for slot in self._slots if slot[TOTAL_AT_MS]]
+        if not told:
+            return None
+        newest = max(told, key=lambda slot: slot[TOTAL_AT_MS])
+        since_ms = max(0, newest[TOTAL_AT_MS] - _LATE_MS)
+        recent = [slot[TOTAL] for slot in told if slot[TOTAL_AT_MS] >= since_ms]
+        # Ahead modulo 2^64: by less than half of that.
+        return max(recent, key=lambda total: (total - newest[TOTAL] + 2**63) & TOTAL_MASK)
 
     def clear_gauges(self, index: int) -> None:
         """For a process that is dead: it holds nothing any more."""

@@ -80,6 +80,8 @@ class SqliteStore(Store):
         """Alone with the file, whether or not it exists; refuses one that is not a total's."""
         if self._path and not os.path.isdir(os.path.dirname(self._path) or "."):
             raise StoreError(f"cannot use {self._path}: there is no such folder")
+        if os.path.isdir(self._path):
+            raise StoreError(f"cannot use {self._path}: it is a folder; name a file in it")
         if os.path.exists(self._path) and os.path.getsize(self._path):
             self._check_shape()
         self._lock = _open_lock(self._path)
@@ -90,18 +92,21 @@ class SqliteStore(Store):
             fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     def _check_shape(self) -> None:
-        """StoreError for a file of another kind; nothing is written to it."""
-        with closing(_connect(self._path, "ro")) as db:
-            try:
+        """StoreError for a file of another kind; nothing is written to it or beside it."""
+        # Reading another program's file in WAL mode would leave two new ones beside it, unless it
+        # is read as it is; what is still in a WAL would be overlooked by that.
+        in_use = os.path.exists(self._path + "-wal")
+        try:
+            with closing(_connect(self._path, "ro" if in_use else "ro&immutable=1")) as db:
                 ((application,),) = db.execute("PRAGMA application_id")
                 ((version,),) = db.execute("PRAGMA user_version")
                 ((objects,),) = db.execute("SELECT count(*) FROM sqlite_master")
-            except sqlite3.DatabaseError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_NOTADB:
-                    raise
-                raise StoreError(
-                    f"cannot use {self._path}: it is not a SQLite database; name another file"
-                ) from None
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_NOTADB:
+                raise
+            raise StoreError(
+                f"cannot use {self._path}: it is not a SQLite database; name another file"
+            ) from None
         if application == APPLICATION_ID and version > SCHEMA_VERSION:
             raise StoreError(
                 f"cannot use {self._path}: a newer release wrote it (schema {version}, "
@@ -131,7 +136,7 @@ class SqliteStore(Store):
 
     def _overwrite(self, total: int, force: bool) -> None:
         db = self._open()
-        before = _total(db, self._path)
+        before = _total(db)
         if not force:
             raise StoreError(
                 f"cannot set the total of {self._path} to {total:,}: it holds {before:,}; "
@@ -145,10 +150,10 @@ class SqliteStore(Store):
         with self._queue(), self._errors():
             add = amount() & TOTAL_MASK
             if not add:
-                return _total(db, self._path)
+                return _total(db)
             before = self._last
             if not self._replace(db, before, (before + add) & TOTAL_MASK):
-                before = _total(db, self._path)
+                before = _total(db)
                 if not self._replace(db, before, (before + add) & TOTAL_MASK):
                     # Under the lock, so it was no writer of this project.
                     raise StoreAway("another program changes the total all the time")
@@ -160,7 +165,7 @@ class SqliteStore(Store):
         db = self._open()
         with self._queue():
             try:
-                now = _total(db, self._path)
+                now = _total(db)
                 made = now == after or (now == before and self._replace(db, before, after))
             except sqlite3.Error as error:
                 raise InDoubt(_said(error)) from None
@@ -170,15 +175,17 @@ class SqliteStore(Store):
     def probe(self) -> int:
         db = self._open()
         with self._queue(), self._errors():
-            # A write, since a full disk can still be read.
-            db.execute("UPDATE counter SET total = total WHERE id = 1")
-            return _total(db, self._path)
+            # A write, since a full disk can still be read. Not of the total: a row that is replaced
+            # by the same is not written.
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            return _total(db)
 
     def close(self) -> None:
         if self._db is not None:
             with suppress(sqlite3.Error):
                 self._db.close()
             self._db = None
+        self._doubted = None
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -227,7 +234,7 @@ class SqliteStore(Store):
                     self._lock = _open_lock(self._path)
                 self._db = _connect(self._path, "rw")
                 self._identity = found.st_dev, found.st_ino
-                self._last = _total(self._db, self._path)
+                self._last = _total(self._db)
         except (sqlite3.Error, OSError) as error:
             raise StoreAway(_said(error)) from None
         if self._identity != (found.st_dev, found.st_ino):
@@ -257,12 +264,14 @@ def _open_lock(path: str) -> int:
     return os.open(path + "-queue", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
-def _total(db: sqlite3.Connection, path: str) -> int:
+def _total(db: sqlite3.Connection) -> int:
     row = db.execute(_SELECT).fetchone()
     text = row[0] if row else None
-    if not (isinstance(text, str) and re.fullmatch("[0-9]{1,20}", text) and int(text) < 2**64):
-        raise StoreAway(f"{path} holds {text!r} where its total should be")
-    return int(text)
+    # No zeros before it: _REPLACE compares the text.
+    plain = isinstance(text, str) and re.fullmatch("0|[1-9][0-9]{0,19}", text)
+    if not plain or int(plain[0]) > TOTAL_MASK:
+        raise StoreAway(f"it holds {text!r} where its total should be")
+    return int(plain[0])
 
 
 def _said(error: Exception) -> str:
