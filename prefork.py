@@ -69,7 +69,7 @@ class Master:
         serve: Callable[[int, Callable[[], None]], int],
         drain_timeout_s: float,
         on_death: Callable[[int], None],
-        on_reload: Callable[[], bool],
+        on_reload: Callable[[], bool] = lambda: False,
     ) -> None:
         self._count = count
         self._serve = serve

@@ -373,6 +373,10 @@ class ClientSettings:
         metavar="FORMAT",
     )
 
+    def wants_tls(self) -> bool:
+        """Whether connections are encrypted."""
+        return bool(self.tls or self.tls_ca or self.tls_cert)
+
 
 _EPILOGS: Final = {
     ServerSettings: """examples:

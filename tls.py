@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import IO
 
 from certificates import CertificateError, Snapshot
+from settings import ClientSettings
 
 
 class TlsError(Exception):
@@ -107,12 +108,12 @@ def server_context(snapshot: Snapshot) -> ssl.SSLContext:
     return context
 
 
-def client_context(ca: str | None, cert: str | None, key: str | None) -> ssl.SSLContext:
+def client_context(settings: ClientSettings) -> ssl.SSLContext:
     """The context of a client, which verifies the server's name against its certificate.
 
-    `ca` names a file of authorities, otherwise the system's are trusted; `cert` and `key` are the
-    client's own. CertificateError if a file cannot be used.
+    Without --tlsCA the system's authorities are trusted. CertificateError if a file cannot be used.
     """
+    ca, cert, key = settings.tls_ca, settings.tls_cert, settings.tls_key
     try:
         context = ssl.create_default_context(cafile=ca)
     except (OSError, ValueError) as error:
