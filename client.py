@@ -34,6 +34,8 @@ from protocol import (
 )
 
 if TYPE_CHECKING:
+    import ssl
+
     from result import Result
     from settings import ClientSettings
 
@@ -88,13 +90,22 @@ class CounterClient:
     """One connection to a counter server: made on first use, and again after it was lost.
 
     `address` is `HOST:PORT`, `:PORT` or `[IPv6]:PORT`; `timeout` in seconds bounds connecting and
-    the wait for each reply. Threads and greenlets may share a client: they take turns. A forked
-    child connects anew. Works with gevent where the application is patched.
+    the wait for each reply. With a context of the ssl module as `tls` the connection is encrypted,
+    and the server's certificate verified against the host of the address if the context says so.
+    Threads and greenlets may share a client: they take turns. A forked child connects anew. Works
+    with gevent where the application is patched.
     """
 
-    def __init__(self, address: str = "127.0.0.1:8080", timeout: float = 10) -> None:
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8080",
+        timeout: float = 10,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.host, self.port = parse_address(address)
         self.timeout = timeout
+        self.tls = tls
+        self._is_new = True
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
         _clients.add(self)
@@ -153,22 +164,31 @@ class CounterClient:
             self._drop()
         if self._sock is None:
             try:
-                sock = socket.create_connection((self.host, self.port), self.timeout)
+                self._sock = self._connect()
             except (OSError, UnicodeError) as error:
                 raise ConnectError(explain(error, self.host, self.port)) from error
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._sock = sock
+            self._is_new = True
         return self._sock
+
+    def _connect(self) -> socket.socket:
+        sock = socket.create_connection((self.host, self.port), self.timeout)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.tls is None:
+            return sock
+        try:
+            return self.tls.wrap_socket(sock, server_hostname=self.host)
+        except BaseException:
+            sock.close()
+            raise
 
     def _ended(self, sock: socket.socket) -> bool:
         """Whether the server closed the connection while it was idle: then nothing is in doubt."""
         sock.settimeout(0)
         try:
-            sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+            # TLS has words of its own to read, and no way to look at what follows without it.
+            sock.recv(1, socket.MSG_PEEK if self.tls is None else 0)
+        except OSError as error:
+            return not (isinstance(error, BlockingIOError) or _wants_more(error))
         return True
 
     def _exchange(self, sock: socket.socket, amounts: list[int], frames: list[bytes]) -> list[int]:
@@ -187,6 +207,7 @@ class CounterClient:
                 data = self._receive(sock, sent - len(totals), rest)
                 if not data:
                     break
+                self._is_new = False
                 more, rest = decode_totals(rest + data)
                 totals += more
             else:
@@ -194,6 +215,8 @@ class CounterClient:
         except TimeoutError:
             why = f"no reply within {self.timeout:g} s (every worker of the server may be taken)"
         except OSError as error:
+            if self._is_new and _is_refusal(error):
+                raise ConnectError(explain(error, self.host, self.port)) from error
             why = f"the connection was lost ({(error.strerror or str(error)).lower()})"
         raise OutcomeUnknown(why, totals, amounts[len(totals) : sent], amounts[sent:])
 
@@ -232,6 +255,21 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def _wants_more(error: OSError) -> bool:
+    """Whether TLS only says that nothing has come yet."""
+    return type(error).__name__ == "SSLWantReadError"
+
+
+def _is_refusal(error: OSError) -> bool:
+    """Whether a server refuses this client's certificate, or that it has none.
+
+    In TLS 1.3 the client learns it when its own handshake is over and its first frames are sent.
+    The server is then still in its own and has read none of them.
+    """
+    reason = getattr(error, "reason", None) or ""
+    return "ALERT" in reason and ("CERTIFICATE" in reason or reason.endswith("UNKNOWN_CA"))
+
+
 def explain(error: OSError | UnicodeError, host: str, port: int) -> str:
     """What a failure to connect means, with the address and what to do."""
     where = format_address(host, port)
@@ -239,18 +277,40 @@ def explain(error: OSError | UnicodeError, host: str, port: int) -> str:
         return f"cannot connect to {where}: unknown host; check the address"
     if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
         return f"cannot connect to {where}: no answer in time; check the address and firewalls"
+    if getattr(error, "library", None) == "SSL" or hasattr(error, "verify_message"):
+        return f"cannot connect to {where}: {_explain_tls(error)}"
     reason = (error.strerror or str(error)).lower()
     remedy = {
         errno.ECONNREFUSED: f"; start a server there: python server.py --port {port}",
         errno.EMFILE: "; raise the descriptor limit (ulimit -n)",
+        errno.EPROTO: "; check --tls, --tlsCA, --tlsCert and the server's --tlsClientCA",
     }.get(error.errno or 0, "; check the address")
     return f"cannot connect to {where}: {reason}{remedy}"
 
 
+def _explain_tls(error: OSError) -> str:
+    verify = getattr(error, "verify_message", "")
+    if verify:
+        return f"its certificate is refused ({verify}); --tlsCA names the authority to trust"
+    reason = (getattr(error, "reason", None) or str(error)).replace("_", " ").lower()
+    if _is_refusal(error):
+        return (
+            f"the server refuses this client's certificate ({reason}); give --tlsCert and --tlsKey "
+            "that its --tlsClientCA has signed"
+        )
+    if "wrong version number" in reason or "record layer failure" in reason:
+        return f"it does not speak TLS ({reason}); leave --tls out"
+    return f"no TLS ({reason})"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
+    from certificates import CertificateError
+
     try:
         return _run(arguments)
+    except CertificateError as error:
+        return _fail(str(error), EXIT_USAGE)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
 
@@ -265,6 +325,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     configure_log(settings.log_level, settings.log_format)
     if settings.read and settings.add is not None:
         return _fail("--add and --read exclude each other; give one of them", EXIT_USAGE)
+    if settings.tls_key and not settings.tls_cert:
+        return _fail("--tlsKey needs --tlsCert", EXIT_USAGE)
     if settings.read or settings.add is not None:
         return _ask_once(settings, settings.add or 0)
     return _load(settings)
@@ -272,12 +334,22 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _ask_once(settings: ClientSettings, amount: int) -> int:
     try:
-        with CounterClient(str(settings.server_address), settings.timeout_s) as counter:
+        tls = _tls_context(settings)
+        with CounterClient(str(settings.server_address), settings.timeout_s, tls) as counter:
             return _say(str(counter.add(amount)), sys.stdout, 0)
     except ConnectError as error:
         return _fail(str(error), EXIT_CANNOT_CONNECT)
     except OutcomeUnknown as error:
         return _fail(str(error), EXIT_ERRORS)
+
+
+def _tls_context(settings: ClientSettings) -> ssl.SSLContext | None:
+    """The context that the settings ask for, None for a plain connection; CertificateError."""
+    if not settings.wants_tls():
+        return None
+    from tls import client_context
+
+    return client_context(settings)
 
 
 def _load(settings: ClientSettings) -> int:
@@ -292,6 +364,7 @@ def _load(settings: ClientSettings) -> int:
             return _fail(
                 f"--json {settings.json}: {error.strerror}; choose another file", EXIT_USAGE
             )
+    _tls_context(settings)  # a file that cannot be used is found before anything is started
     raise_descriptor_limit()
     show = sys.stderr.isatty()
 

@@ -18,10 +18,7 @@ added at all. Deadlines are kept by the server's one coarse sweep, so a frame co
 from __future__ import annotations
 
 import _socket
-import array
-import fcntl
 import socket
-import termios
 import time
 from collections.abc import MutableSequence
 from typing import TYPE_CHECKING, Final
@@ -33,6 +30,7 @@ from gevent.timeout import Timeout
 from counter import Counter
 from protocol import TOTAL_MASK, BadFrame, Batch, encode_total, format_address
 from slots import REQUESTS
+from sockets import silent_for_s, unread_bytes
 
 if TYPE_CHECKING:
     from server import CounterServer
@@ -202,21 +200,28 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
         elif started:
             del self.server.incomplete[self]
 
-    def send(self, replies: bytes) -> None:
-        """Hands replies to the kernel; what it does not take is left in `unsent`."""
+    def transmit(self, data: bytes) -> None:
+        """Hands bytes to the kernel; what it does not take is left in `unsent`."""
         if self.unsent:
-            self.unsent += replies
+            self.unsent += data
             return
         try:
-            sent = self.sock.send(replies)
+            sent = self.sock.send(data)
         except BlockingIOError:
             sent = 0
         except OSError:
             self.end(GONE)
             return
-        if sent < len(replies):
-            self.unsent = replies[sent:]
+        if sent < len(data):
+            self.unsent = data[sent:]
             self.wake()
+
+    # Replies are sent as they are; under TLS something stands between.
+    send = transmit
+
+    def overdue(self) -> str:
+        """What the frame deadline has ended, for the log."""
+        return f"a frame stopped after {len(self.rest)} bytes"
 
     def answered(self, frames: int) -> None:
         """Notes that so many frames that waited for a store have their replies."""
@@ -269,6 +274,12 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             else:
                 self.start()
 
+    def idle_for_s(self) -> float:
+        """Seconds since the peer's last byte; 0 while anything is under way."""
+        if not self.watcher.active or self.owed or unread_bytes(self.sock):
+            return 0.0
+        return silent_for_s(self.sock)
+
     def release(self) -> None:
         """Lets go of the socket, which may linger, and of everything else."""
         self.owed = 0
@@ -283,9 +294,7 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
     def drain(self) -> None:
         """Ends the connection after what its socket holds now is counted and answered."""
         if not self.ending:
-            waiting = array.array("i", [0])
-            fcntl.ioctl(self.sock.fileno(), termios.FIONREAD, waiting)
-            self.drain_bytes = waiting[0]
+            self.drain_bytes = unread_bytes(self.sock)
             self.end("drain", lingers=True)
 
     def _run(self) -> None:
@@ -344,8 +353,8 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
         try:
             while self.unsent:
                 self.server.hub.wait(writable)
-                replies, self.unsent = self.unsent, b""
-                self.send(replies)
+                data, self.unsent = self.unsent, b""
+                self.transmit(data)
         except Timeout as expired:
             if expired is not timeout:
                 raise

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import errno
 import random
 import socket
 import time
@@ -30,6 +31,7 @@ from pace import Pace
 from protocol import REPLY_SIZE, TOTAL_MASK, Batch, UniformBatch, decode_totals, encode_frame
 from result import CHECKABLE_SUM, WRONG_KEPT, Result
 from settings import ClientSettings
+from tls import Session, TlsError, client_context
 
 clock: Final = time.monotonic_ns
 
@@ -70,6 +72,7 @@ class LoadConnection:
         "process",
         "reading",
         "rest",
+        "session",
         "sock",
         "unsent",
         "writing",
@@ -78,6 +81,7 @@ class LoadConnection:
     def __init__(self, process: LoadProcess) -> None:
         self.process = process
         self.sock: _socket.socket | None = None
+        self.session: Session | None = None  # under TLS
         self.reading: Any = None
         self.writing: Any = None
         self.rest = b""
@@ -88,7 +92,7 @@ class LoadConnection:
 
     def open(self) -> None:
         """Connects; waits. OSError of the last address if none can be connected to."""
-        self.sock = self.process.connect()
+        self.sock, self.session = self.process.connect()
         loop = self.process.loop
         self.reading = loop.io(self.sock.fileno(), _READ)
         self.writing = loop.io(self.sock.fileno(), _WRITE)
@@ -104,6 +108,8 @@ class LoadConnection:
         self.in_flight.append((due_ns or now, now, batch))
         process.result.sent += len(batch)
         process.sent_sum += batch.sum()
+        if self.session:
+            frames = self.session.encrypt(frames)
         if self.unsent:
             self.unsent += frames
             return
@@ -142,6 +148,14 @@ class LoadConnection:
             self.lose(error)
             return
         now = clock()
+        if self.session and data:
+            try:
+                data = self.session.receive(data)
+            except TlsError as error:
+                self.lose(OSError(errno.EPROTO, str(error)))
+                return
+            if not data and not self.session.ended:
+                return
         is_lone = self.lone and self.in_flight and not self.rest
         if is_lone and len(data) == REPLY_SIZE and self.last_total is not None:
             # What take() does, written out for the reply of a lone frame: 1 us instead of 5.
@@ -251,12 +265,13 @@ class LoadProcess:
         self._random = random.Random()
         self.lone_answers = 0
         self.ready: list[LoadConnection] = []
+        self.tls = client_context(share.settings) if share.settings.wants_tls() else None
         self._before_waiting = self.loop.prepare()
         self._before_waiting.start(self.send_again)
         self._pace = Pace(self, share.rate) if share.rate else None
 
-    def connect(self) -> _socket.socket:
-        """A connected, non-blocking socket; waits."""
+    def connect(self) -> tuple[_socket.socket, Session | None]:
+        """A connected, non-blocking socket, and the TLS session on it if there is one; waits."""
         timeout_s = self.share.settings.timeout_s
         for last, (family, address) in enumerate(
             self.share.addresses, 1 - len(self.share.addresses)
@@ -266,16 +281,35 @@ class LoadProcess:
                 sock.settimeout(timeout_s)
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                session = self._shake_hands(sock) if self.tls else None
                 # A plain socket serves the callbacks: its recv and send never wait.
                 plain = _socket.socket(family, socket.SOCK_STREAM, 0, sock.detach())
                 plain.setblocking(False)
-                return plain
+                return plain, session
             except OSError:
                 if last == 0:
                     raise
             finally:
                 sock.close()
         raise AssertionError("a host without addresses")
+
+    def _shake_hands(self, sock: cooperative_socket) -> Session:
+        """A TLS session on a connected socket; waits. OSError with its text if it is refused."""
+        assert self.tls is not None
+        session = Session(self.tls, self.share.settings.server_address.host)
+        data = b""
+        try:
+            while True:
+                session.receive(data)
+                sock.sendall(session.outgoing())
+                if session.handshaken:
+                    return session
+                data = sock.recv(LARGE_READ)
+                if not data:
+                    raise OSError(errno.EPROTO, "the server ended the TLS handshake")
+        except TlsError as error:
+            sock.sendall(session.outgoing())
+            raise OSError(errno.EPROTO, str(error)) from None
 
     def open_all(self) -> None:
         """Opens the connections; those that fail are tried again later."""
@@ -294,15 +328,20 @@ class LoadProcess:
         OSError if there is no connection.
         """
         data = b""
-        with contextlib.closing(self.connect()) as sock, gevent.Timeout(self.timeout_s, False):  # type: ignore[arg-type]  # False: no exception
-            sock.send(encode_frame(0))
+        sock, session = self.connect()
+        with contextlib.closing(sock), gevent.Timeout(self.timeout_s, False):  # type: ignore[arg-type]  # False: no exception
+            frame = encode_frame(0)
+            sock.send(session.encrypt(frame) if session else frame)
             self.result.sent += 1
             while len(data) < REPLY_SIZE:
                 wait_read(sock.fileno())
-                more = sock.recv(REPLY_SIZE - len(data))
+                more = sock.recv(LARGE_READ)
                 if not more:
                     return None
-                data += more
+                try:
+                    data += session.receive(more) if session else more
+                except TlsError as error:
+                    raise OSError(errno.EPROTO, str(error)) from None
         if len(data) < REPLY_SIZE:
             return None
         self.result.answered += 1
@@ -413,7 +452,7 @@ class LoadProcess:
             return
         self.ready = []
         self.fold()
-        if not self.sending or self._pace or self.requests_left is not None:
+        if not self.sending or self._pace or self.tls or self.requests_left is not None:
             for connection in ready:
                 self.refill(connection, 1)
             return

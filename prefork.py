@@ -41,7 +41,7 @@ CUT_SIGNAL: Final = signal.SIGUSR2
 
 _PR_SET_PDEATHSIG: Final = 1
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-_HANDLED: Final = (*_STOP_SIGNALS, signal.SIGCHLD)
+_HANDLED: Final = (*_STOP_SIGNALS, signal.SIGCHLD, signal.SIGHUP)
 
 _log = logging.getLogger("server")
 
@@ -59,7 +59,8 @@ class Master:
 
     `serve` calls `ready()` once it serves, ends at SIGTERM within `drain_timeout_s`, at CUT_SIGNAL
     at once, and gives back the exit code of its process; EXIT_CANNOT_BOOT says that it
-    cannot start and has said why. `on_death(index)` is called in the master after each death.
+    cannot start and has said why. `on_death(index)` is called in the master after each death,
+    `on_reload()` after SIGHUP; if it is true, every process gets SIGHUP.
     """
 
     def __init__(
@@ -68,11 +69,14 @@ class Master:
         serve: Callable[[int, Callable[[], None]], int],
         drain_timeout_s: float,
         on_death: Callable[[int], None],
+        on_reload: Callable[[], bool] = lambda: False,
     ) -> None:
         self._count = count
         self._serve = serve
         self._drain_timeout_s = drain_timeout_s
         self._on_death = on_death
+        self._on_reload = on_reload
+        self._must_reload = False
         self._pid = os.getpid()
         self._indexes: dict[int, int] = {}  # of each living process, by pid
         self._ready = mmap.mmap(-1, count)  # one byte a process, set by itself
@@ -114,6 +118,8 @@ class Master:
         """Records; that the loop wakes is the wake-up descriptor's work."""
         if number in _STOP_SIGNALS:
             self._stop_signals += 1
+        elif number == signal.SIGHUP:
+            self._must_reload = True
 
     def _until_ready(self) -> None:
         while not self._stop_signals and not all(self._ready[i] for i in range(self._count)):
@@ -126,6 +132,10 @@ class Master:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_end, 4096)
         self._reap()
+        if self._must_reload and not self._stop_signals:
+            self._must_reload = False
+            if self._on_reload():
+                self._tell(signal.SIGHUP)
         ready = {index for index in range(self._count) if self._ready[index]}
         for index in ready - self._were_ready:
             self._has_served = True
@@ -213,6 +223,8 @@ class Master:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # It takes what was published last once it listens to this.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             # A Ctrl-C in a terminal reaches every process of it; the master's word counts.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
@@ -268,7 +280,8 @@ def ask_child(work: Callable[[], str], timeout_s: float) -> str:
     if not pid:
         code = 1
         try:
-            for number in _STOP_SIGNALS:
+            signal.set_wakeup_fd(-1)
+            for number in _HANDLED:
                 signal.signal(number, signal.SIG_DFL)
             die_with_parent(parent)
             text = work()

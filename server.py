@@ -15,10 +15,11 @@ import math
 import os
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import gevent
@@ -26,6 +27,7 @@ from gevent.event import Event
 from gevent.pool import Pool
 from gevent.server import StreamServer
 
+from certificates import CertificateError, Certificates, Snapshot
 from connection import Connection, Linger, Turn
 from counter import Counter
 from group_commit import GroupCommit
@@ -33,10 +35,20 @@ from keeper import Keeper, make_keeper
 from log import LimitedLog, configure_log
 from machine import available_cpus, raise_descriptor_limit
 from outage import Outage
-from prefork import CUT_SIGNAL, EXIT_CANNOT_BOOT, CannotBoot, Master, split_evenly
+from prefork import (
+    CUT_SIGNAL,
+    EXIT_CANNOT_BOOT,
+    CannotBoot,
+    ChildError,
+    Master,
+    ask_child,
+    split_evenly,
+)
 from protocol import Decoder, format_address
-from settings import ServerSettings, read_settings
+from room import Room
+from settings import EXIT_USAGE, ServerSettings, read_settings
 from slots import CONNECTIONS, LOSSES, REFUSED, REQUESTS, WORKERS, Slots
+from sockets import listen
 from stores import Store, StoreError
 from values import Seconds
 
@@ -54,16 +66,12 @@ ACCEPT_PAUSE_S: Final = 0.1
 # for an idle process to wake, short beside what a connection costs its peer anyway.
 LEAVE_TO_OTHERS_S: Final = 0.001
 
-# A peer that is silent so long is asked whether it is still there, and after so many questions
-# without an answer it is gone: 45 s in all.
-KEEPALIVE_IDLE_S: Final = 30
-KEEPALIVE_INTERVAL_S: Final = 5
-KEEPALIVE_PROBES: Final = 3
+# How long the certificate files may take to be looked at, which is done in a helping process.
+CERTIFICATE_CHECK_S: Final = 10.0
 
 # Descriptors besides the workers' own: the process's, and sockets that linger.
 SPARE_DESCRIPTORS: Final = 64
 
-_TCPI_UNACKED = struct.Struct("24xI")  # of struct tcp_info; a listener's is its queue's length
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 _log = logging.getLogger("server")
@@ -90,12 +98,22 @@ class CounterServer(StreamServer):
         settings: ServerSettings,
         slots: Slots | None = None,
         index: int = 0,
+        certificates: Certificates | None = None,
     ) -> None:
         self.hub = gevent.get_hub()
         decoder = make_decoder(settings.max_increment)
         self.table, self.decode = decoder.table, decoder.decode
         self.frame_timeout_s = settings.frame_timeout_s
         self.write_timeout_s = settings.write_timeout_s
+        self._room = Room(self, settings.idle_timeout_s)
+        self._certificates = certificates
+        self.tls_context: Any = None
+        self._connection: type[Connection] = Connection
+        if certificates:
+            from tls_connection import TlsConnection
+
+            self._connection = TlsConnection
+            self.load_certificates()
         self.slots = Slots(1) if slots is None else slots
         self.index = index
         self.slot = self.slots[index]
@@ -176,7 +194,8 @@ class CounterServer(StreamServer):
 
     def handle(self, sock: _socket.socket, _address: Any) -> None:
         """Gives a connection a worker; the base class accepts only while the Pool has one."""
-        self.pool.add(Connection(self, sock))
+        self.pool.add(self._connection(self, sock))
+        self._room.look_at = 0.0  # it may have waited in the queue for longer than any other idles
 
     def _make_group(self, store: Store, settings: ServerSettings) -> GroupCommit:
         timeout_s = settings.store_timeout_s
@@ -202,6 +221,12 @@ class CounterServer(StreamServer):
         self.slot[REFUSED] += 1
         self.limited_log.warning(reason, "a peer was refused: %s", detail)
 
+    def gave_up_idle(self, connection: Connection) -> None:
+        """Ends an idle connection in favour of one that waits."""
+        detail = f"{connection.peer()} was idle while others waited for a worker"
+        self.refused("idle", detail)
+        connection.end("idle", lingers=True)
+
     def count_connections(self, change: int) -> None:
         """Notes that a connection began (+1) or ended (-1)."""
         self.slot[CONNECTIONS] += change
@@ -211,38 +236,25 @@ class CounterServer(StreamServer):
         if self._closing and not self.lingering:
             self._quiet.set()
 
-    def waiting_connections(self) -> int:
-        """How many connections wait in the listen backlog."""
-        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_UNACKED.size)
-        return int(_TCPI_UNACKED.unpack(info)[0])
-
     def _sweep(self) -> None:
         """Keeps the deadlines of all connections; runs in the loop."""
         now = time.monotonic()
         for connection, started_at in list(self.incomplete.items()):
             if now - started_at >= self.frame_timeout_s:
-                stopped = f"a frame stopped after {len(connection.rest)} bytes"
-                self.refused("incomplete", f"{connection.peer()}: {stopped}")
+                self.refused("incomplete", f"{connection.peer()}: {connection.overdue()}")
                 connection.end("incomplete", lingers=True)
         for linger in [linger for linger in self.lingering if now >= linger.until]:
             linger.close()
         self.turn.sweep(now)
         if not self._closing and self.pool.full():
-            self._warn_of_waiting()
+            self._room.make(now)
 
-    def _warn_of_waiting(self) -> None:
-        """Says that connections wait: the first of the processes does, once all are full."""
-        first = next(i for i in range(len(self.slots)) if self.slots[i][WORKERS])
-        if self.index == first and self.slots.fewest_connections(but=self.index) is None:
-            waiting = self.waiting_connections()
-            if waiting:
-                self.limited_log.warning(
-                    "full",
-                    "all %d workers are taken and %d connections wait; "
-                    "raise --multiplier to serve more at once",
-                    self.slots.sum(WORKERS),
-                    waiting,
-                )
+    def load_certificates(self) -> None:
+        """Takes the certificates that were published last, for connections from now on."""
+        from tls import server_context
+
+        assert self._certificates is not None
+        self.tls_context = server_context(self._certificates.snapshot())
 
     def drain(self, timeout_s: float, cut: Event) -> None:
         """Stops: counts and answers what every socket holds now, then closes with FIN.
@@ -284,7 +296,7 @@ class CounterServer(StreamServer):
                 return
             if not accepted:
                 return
-            yield Connection(self, accepted[0])
+            yield self._connection(self, accepted[0])
 
 
 def make_decoder(max_amount: int) -> Decoder:
@@ -293,43 +305,6 @@ def make_decoder(max_amount: int) -> Decoder:
     from vector import VectorDecoder
 
     return VectorDecoder(max_amount)
-
-
-def listen(host: str, port: int, backlog: int) -> socket.socket:
-    """A listening socket; OSError, with a text that says what to do, if there can be none."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, proto)
-    except (socket.gaierror, UnicodeError) as error:
-        reason = getattr(error, "strerror", "not a host name")
-        raise OSError(f"cannot listen on host {host!r}: {reason}; see --host") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted sockets inherit these: fewer system calls for each. Without the first a reply can
-        # wait 40 ms for the acknowledgement of the one before (Nagle's algorithm and delayed ACK);
-        # without the others a peer that vanished without a word keeps its worker for ever.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-        listener.bind(address)
-        listener.listen(backlog)
-    except OSError as error:
-        listener.close()
-        remedy = {
-            errno.EADDRINUSE: "; stop the program that has it, or choose another --port"
-            " (0 takes a free one)",
-            errno.EACCES: "; ports below 1024 need root",
-            errno.EADDRNOTAVAIL: "; no interface has it, --host 0.0.0.0 serves all",
-        }.get(error.errno or 0, "")
-        where = format_address(host, port)
-        reason = (error.strerror or str(error)).lower()
-        raise OSError(f"cannot listen on {where}: {reason}{remedy}") from None
-    listener.setblocking(False)
-    return listener
 
 
 def warn_of_descriptors(workers: int, limit: float) -> None:
@@ -343,62 +318,71 @@ def warn_of_descriptors(workers: int, limit: float) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What all processes of one server have in common, made before the first is forked."""
+
+    settings: ServerSettings
+    listener: socket.socket
+    keeper: Keeper
+    certificates: Certificates | None
+    slots: Slots
+
+
 def serve(settings: ServerSettings) -> int:
     """Serves as the settings say until SIGTERM or SIGINT; gives back the exit code."""
     cpus = available_cpus()
     workers, processes = settings.workers(cpus), settings.process_count(cpus)
     warn_of_descriptors(math.ceil(workers / max(1, processes)), raise_descriptor_limit())
     try:
-        listener = listen(settings.host, settings.port, settings.backlog)
-        keeper = make_keeper(settings, processes)
-    except (OSError, StoreError) as error:
-        sys.stderr.write(f"server.py: {error}\n")
-        return EXIT_CANNOT_START
-    slots = Slots(max(1, processes))
-    host, port = listener.getsockname()[:2]
+        shared = Shared(
+            settings,
+            listen(settings.host, settings.port, settings.backlog),
+            make_keeper(settings, processes),
+            make_certificates(settings),
+            Slots(max(1, processes)),
+        )
+    except (OSError, StoreError, CertificateError) as error:
+        return fail(str(error), EXIT_CANNOT_START)
+    found = shared.keeper.found
+    _log.info("CPUs to use: %g; an answered addition survives %s", cpus, found.survives)
+    for warning in found.warnings:
+        _log.warning("store %s: %s", settings.store, warning)
 
     def announce() -> None:
+        where = format_address(*shared.listener.getsockname()[:2])
         count = f"{processes} processes" if processes > 1 else "1 process"
-        where = format_address(host, port)
-        total = "" if keeper.found.is_new else f", total: {keeper.found.total:,}"
-        say(
-            f"Listening on {where} with {workers} workers in {count} "
-            f"(store: {settings.store}{total})"
-        )
+        store = f"{settings.store}" if found.is_new else f"{settings.store}, total: {found.total:,}"
+        say(f"Listening on {where} with {workers} workers in {count} (store: {store})")
 
-    _log.info("CPUs to use: %g; an answered addition survives %s", cpus, keeper.found.survives)
-    for warning in keeper.found.warnings:
-        _log.warning("store %s: %s", settings.store, warning)
     if processes:
-        if not serve_forked(settings, listener, keeper, workers, slots, announce):
+        if not serve_forked(shared, workers, announce):
             return EXIT_CANNOT_BOOT
     else:
-        serve_here(settings, listener, keeper, workers, slots, 0, announce, STOP_SIGNALS)
-    say(f"Counter value: {keeper.last_total(slots):,}")
-    say(f"Server stopped after processing total requests: {slots.sum(REQUESTS):,}")
+        serve_here(shared, 0, workers, announce, STOP_SIGNALS)
+    say(f"Counter value: {shared.keeper.last_total(shared.slots):,}")
+    say(f"Server stopped after processing total requests: {shared.slots.sum(REQUESTS):,}")
     return 0
 
 
-def serve_forked(
-    settings: ServerSettings,
-    listener: socket.socket,
-    keeper: Keeper,
-    workers: int,
-    slots: Slots,
-    announce: Callable[[], None],
-) -> bool:
+def serve_forked(shared: Shared, workers: int, announce: Callable[[], None]) -> bool:
     """Serves in forked processes under a master; false, after saying why, if they cannot start."""
-    shares = split_evenly(workers, len(slots))
+    shares = split_evenly(workers, len(shared.slots))
 
     def serve_share(index: int, ready: Callable[[], None]) -> int:
         # The master ends a process by SIGTERM; Ctrl-C is for the master.
-        only = (signal.SIGTERM,)
-        serve_here(settings, listener, keeper, shares[index], slots, index, ready, only)
+        serve_here(shared, index, shares[index], ready, (signal.SIGTERM,))
         return 0
 
-    master = Master(len(slots), serve_share, settings.drain_timeout_s, slots.clear_gauges)
+    master = Master(
+        len(shared.slots),
+        serve_share,
+        shared.settings.drain_timeout_s,
+        shared.slots.clear_gauges,
+        partial(reload_certificates, shared, check_aside),
+    )
     try:
-        master.run(announce, on_stop=listener.close)
+        master.run(announce, on_stop=shared.listener.close)
     except CannotBoot as error:
         sys.stderr.write(f"server.py: {error}\n")
         return False
@@ -406,12 +390,9 @@ def serve_forked(
 
 
 def serve_here(
-    settings: ServerSettings,
-    listener: socket.socket,
-    keeper: Keeper,
-    workers: int,
-    slots: Slots,
+    shared: Shared,
     index: int,
+    workers: int,
     ready: Callable[[], None],
     stop_signals: Sequence[signal.Signals],
 ) -> None:
@@ -430,18 +411,83 @@ def serve_here(
         stop.set()
         cut.set()
 
+    def on_reload() -> None:
+        # A process that is alone is its own master.
+        if signal.SIGINT not in stop_signals or reload_certificates(shared, check_here):
+            server.load_certificates()
+
     handlers = [gevent.signal_handler(number, on_stop) for number in stop_signals]
     handlers.append(gevent.signal_handler(CUT_SIGNAL, on_cut))
-    server = CounterServer(listener, keeper.open(), workers, settings, slots, index)
+    handlers.append(gevent.signal_handler(signal.SIGHUP, on_reload))
+    server = CounterServer(
+        shared.listener,
+        shared.keeper.open(),
+        workers,
+        shared.settings,
+        shared.slots,
+        index,
+        shared.certificates,
+    )
     server.start()
     # What exists now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
     ready()
     stop.wait()
-    server.drain(settings.drain_timeout_s, cut)
+    server.drain(shared.settings.drain_timeout_s, cut)
     for handler in handlers:
         handler.cancel()
+
+
+def make_certificates(settings: ServerSettings) -> Certificates | None:
+    """The certificates that the settings name, loaded; CertificateError if they cannot be used."""
+    if not settings.tls_cert or not settings.tls_key:
+        return None
+    certificates = Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    certificates.load(check_aside)
+    return certificates
+
+
+def reload_certificates(shared: Shared, check: Callable[[Snapshot], None]) -> bool:
+    """Publishes the certificate files as they are now, after SIGHUP; true if all shall take them.
+
+    Files that cannot be used leave everything as it is.
+    """
+    if shared.certificates is None:
+        _log.warning("SIGHUP: there is nothing to load again, TLS is off (--tlsCert)")
+        return False
+    try:
+        shared.certificates.load(check)
+    except CertificateError as error:
+        _log.error("SIGHUP: the certificates are kept as they were: %s", error)
+        return False
+    _log.info("SIGHUP: the certificates were loaded again")
+    return True
+
+
+def check_here(snapshot: Snapshot) -> None:
+    """CertificateError if these certificates cannot be used."""
+    from tls import server_context
+
+    server_context(snapshot)
+
+
+def check_aside(snapshot: Snapshot) -> None:
+    """The same by a helping process: the one that is still to fork must not import ssl."""
+
+    def check() -> str:
+        try:
+            check_here(snapshot)
+        except CertificateError as error:
+            return str(error)
+        return "good"
+
+    try:
+        answer = ask_child(check, CERTIFICATE_CHECK_S)
+    except ChildError as error:
+        raise CertificateError(f"--tlsCert {snapshot.cert_file}: {error}") from None
+    if answer != "good":
+        raise CertificateError(answer)
 
 
 def say(line: str) -> None:
@@ -450,6 +496,12 @@ def say(line: str) -> None:
         print(line, flush=True)
     except OSError as error:
         _log.warning("cannot write to standard output (%s): %s", error.strerror, line)
+
+
+def fail(message: str, code: int) -> int:
+    """Says in one line why the program ends; gives back its exit code."""
+    sys.stderr.write(f"server.py: {message}\n")
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -461,6 +513,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments,
     )
     configure_log(settings.log_level, settings.log_format)
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        return fail("--tlsCert and --tlsKey need each other; give both", EXIT_USAGE)
+    if settings.tls_client_ca and not settings.tls_cert:
+        return fail("--tlsClientCA needs --tlsCert and --tlsKey", EXIT_USAGE)
     try:
         return serve(settings)
     except KeyboardInterrupt:  # before or after the time that it serves

@@ -78,6 +78,7 @@ def option(
 
 _LISTEN, _SIZE, _COUNT, _TIME = "where to listen", "how much at once", "counting", "deadlines"
 _LOAD, _TARGET, _REPORT = "the load", "the server", "the report"
+_TLS = "encryption"
 _ONCE, _RUN = "one request, for shells", "running it"
 
 
@@ -161,6 +162,15 @@ class ServerSettings:
         parse=parse_seconds(0.001),
         metavar="TIME",
     )
+    idle_timeout_s: float = option(
+        "--idleTimeout",
+        _TIME,
+        "while every worker is taken and connections wait, one that was idle for so long gives its "
+        "worker up",
+        default=Seconds(60),
+        parse=parse_seconds(0.001),
+        metavar="TIME",
+    )
     write_timeout_s: float = option(
         "--writeTimeout",
         _TIME,
@@ -184,6 +194,22 @@ class ServerSettings:
         default=Seconds(5),
         parse=parse_seconds(0),
         metavar="TIME",
+    )
+    tls_cert: str | None = option(
+        "--tlsCert",
+        _TLS,
+        "serve TLS with this certificate, and those between it and its authority, in PEM form; "
+        "SIGHUP reads the files again",
+        metavar="FILE",
+    )
+    tls_key: str | None = option(
+        "--tlsKey", _TLS, "its private key, without a passphrase", metavar="FILE"
+    )
+    tls_client_ca: str | None = option(
+        "--tlsClientCA",
+        _TLS,
+        "let in only clients whose certificate these authorities signed",
+        metavar="FILE",
     )
     log_level: str = option(
         "--logLevel",
@@ -231,6 +257,23 @@ class ClientSettings:
         default=Seconds(10),
         parse=parse_seconds(0.001),
         metavar="TIME",
+    )
+    tls: bool = option(
+        "--tls",
+        _TLS,
+        "speak TLS and verify the server's name; any of the next three means it too",
+        default=False,
+        parse=parse_switch,
+        metavar="true|false",
+    )
+    tls_ca: str | None = option(
+        "--tlsCA", _TLS, "trust these authorities instead of the system's", metavar="FILE"
+    )
+    tls_cert: str | None = option(
+        "--tlsCert", _TLS, "the client's own certificate, for mutual TLS", metavar="FILE"
+    )
+    tls_key: str | None = option(
+        "--tlsKey", _TLS, "its private key, without a passphrase", metavar="FILE"
     )
     multiplier: int = option(
         "--multiplier",
@@ -329,6 +372,10 @@ class ClientSettings:
         parse=parse_choice("text", "json"),
         metavar="FORMAT",
     )
+
+    def wants_tls(self) -> bool:
+        """Whether connections are encrypted."""
+        return bool(self.tls or self.tls_ca or self.tls_cert)
 
 
 _EPILOGS: Final = {
@@ -466,7 +513,7 @@ def _make_parser(record: type[S], program: str, description: str, prefix: str) -
         meta = declared.metadata
         group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
         groups[meta["group"]] = group
-        kebab = re.sub(r"([A-Z])", r"-\1", meta["flag"]).lower()
+        kebab = re.sub(r"([A-Z]+)", r"-\1", meta["flag"]).lower()
         names = [meta["flag"]] if kebab == meta["flag"] else [meta["flag"], kebab]
         shown = f" (default: {meta['shown_default']})" if meta["shown_default"] else ""
         switch = {"nargs": "?", "const": True} if declared.default is False else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import Field, FrozenInstanceError, fields
 from fractions import Fraction
@@ -34,8 +35,14 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "store_timeout_s": ("10s", 10.0, "3m"),
     "write_timeout_s": ("500ms", 0.5, "3m"),
     "drain_timeout_s": ("0", 0.0, "3m"),
+    "idle_timeout_s": ("2m", 120.0, "3m"),
+    "tls_cert": ("server.pem", "server.pem", "other.pem"),
+    "tls_key": ("server.key", "server.key", "other.key"),
+    "tls_client_ca": ("ca.pem", "ca.pem", "other.pem"),
     "log_level": ("ERROR", "error", "debug"),
     "log_format": ("json", "json", "text"),
+    "tls": ("true", True, "false"),
+    "tls_ca": ("ca.pem", "ca.pem", "other.pem"),
     "server_address": ("[::1]:9000", Address("::1", 9000), "example.org:9001"),
     "timeout_s": ("1.5", 1.5, "3m"),
     "connections": ("7", 7, "8"),
@@ -50,6 +57,9 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "read": ("true", True, "false"),
     "json": ("-", "-", "result.json"),
 }
+
+
+ANY_TEXT = ("host", "json", "tls_cert", "tls_key", "tls_client_ca", "tls_ca")
 
 
 class Option(NamedTuple):
@@ -68,7 +78,7 @@ class Option(NamedTuple):
 
     @property
     def kebab(self) -> str:
-        return "".join(f"-{c.lower()}" if c.isupper() else c for c in self.flag)
+        return re.sub("[A-Z]+", lambda capitals: f"-{capitals[0].lower()}", self.flag)
 
     @property
     def variable(self) -> str:
@@ -87,8 +97,8 @@ class Option(NamedTuple):
 OPTIONS = [Option(record, declared) for record in PROGRAMS for declared in fields(record)]
 every_option = pytest.mark.parametrize("option", OPTIONS, ids=str)
 checked_options = pytest.mark.parametrize(
-    "option", [option for option in OPTIONS if option.name not in ("host", "json")], ids=str
-)  # those two take any text
+    "option", [option for option in OPTIONS if option.name not in ANY_TEXT], ids=str
+)
 
 
 def read(

@@ -1,0 +1,80 @@
+"""Sockets as the kernel has them: how one listens, what it tells of its queue and its peers."""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import socket
+import struct
+import termios
+from typing import Any, Final
+
+from protocol import format_address
+
+# A peer that is silent so long is asked whether it is still there, and after so many questions
+# without an answer it is gone: 45 s in all.
+KEEPALIVE_IDLE_S: Final = 30
+KEEPALIVE_INTERVAL_S: Final = 5
+KEEPALIVE_PROBES: Final = 3
+
+# Of struct tcp_info: a listener's tcpi_unacked is its queue's length; a connection's
+# tcpi_last_data_recv the milliseconds since its last byte came, or since it was made.
+_UNACKED = struct.Struct("24xI")
+_LAST_DATA_RECV = struct.Struct("52xI")
+
+
+def listen(host: str, port: int, backlog: int) -> socket.socket:
+    """A listening socket; OSError, with a text that says what to do, if there can be none."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, proto)
+    except (socket.gaierror, UnicodeError) as error:
+        reason = getattr(error, "strerror", "not a host name")
+        raise OSError(f"cannot listen on host {host!r}: {reason}; see --host") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted sockets inherit these: fewer system calls for each. Without the first a reply can
+        # wait 40 ms for the acknowledgement of the one before (Nagle's algorithm and delayed ACK);
+        # without the others a peer that vanished without a word keeps its worker for ever.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+        listener.bind(address)
+        listener.listen(backlog)
+    except OSError as error:
+        listener.close()
+        remedy = {
+            errno.EADDRINUSE: "; stop the program that has it, or choose another --port"
+            " (0 takes a free one)",
+            errno.EACCES: "; ports below 1024 need root",
+            errno.EADDRNOTAVAIL: "; no interface has it, --host 0.0.0.0 serves all",
+        }.get(error.errno or 0, "")
+        where = format_address(host, port)
+        reason = (error.strerror or str(error)).lower()
+        raise OSError(f"cannot listen on {where}: {reason}{remedy}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def waiting_connections(listener: Any) -> int:
+    """How many connections wait in the backlog of a listening socket."""
+    info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _UNACKED.size)
+    return int(_UNACKED.unpack(info)[0])
+
+
+def silent_for_s(sock: Any) -> float:
+    """Seconds since the kernel received a byte on a connection, in the backlog or since."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA_RECV.size)
+    return int(_LAST_DATA_RECV.unpack(info)[0]) / 1000
+
+
+def unread_bytes(sock: Any) -> int:
+    """How many bytes the kernel holds that were not read yet."""
+    count = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), termios.FIONREAD, count)
+    return count[0]

@@ -1,0 +1,156 @@
+"""TLS without sockets: bytes of the wire in, bytes of the application out, and the other way round.
+
+A Session is one end of one connection; whoever has the socket moves its bytes. So a callback of the
+loop can serve TLS as it serves plain connections, and nothing waits in a handshake. Here are the
+contexts of both ends too: TLS 1.2 or newer, and a peer's certificate is verified or there is none.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from contextlib import suppress
+from typing import IO
+
+from certificates import CertificateError, Snapshot
+from settings import ClientSettings
+
+
+class TlsError(Exception):
+    """A handshake or a record was refused; outgoing() holds the alert that tells the peer."""
+
+
+class Session:
+    """One end of a TLS connection. `handshaken` once application bytes may pass."""
+
+    __slots__ = ("_incoming", "_outgoing", "_tls", "ended", "handshaken")
+
+    def __init__(self, context: ssl.SSLContext, server_name: str | None = None) -> None:
+        """A server's end, or a client's with the name of the server it means."""
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming,
+            self._outgoing,
+            server_side=server_name is None,
+            server_hostname=server_name,
+        )
+        self.handshaken = False
+        self.ended = False  # the peer said that it sends no more
+
+    def start(self) -> None:
+        """Begins the handshake; a client has something to send then."""
+        self.receive(b"")
+
+    def receive(self, data: bytes) -> bytes:
+        """The application's bytes in what came from the peer; TlsError if it is refused."""
+        self._incoming.write(data)
+        parts = []
+        try:
+            if not self.handshaken:
+                self._tls.do_handshake()
+                self.handshaken = True
+            while part := self._tls.read(65536):
+                parts.append(part)
+            self.ended = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self.ended = True
+        except ssl.SSLError as error:
+            raise TlsError(reason(error)) from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def encrypt(self, data: bytes) -> bytes:
+        """What to send to the peer for these bytes of the application."""
+        self._tls.write(data)
+        return self._outgoing.read()
+
+    def outgoing(self) -> bytes:
+        """What the handshake, or an alert, has to send to the peer."""
+        return self._outgoing.read()
+
+    def farewell(self) -> bytes:
+        """What tells the peer that nothing more is sent."""
+        if self.handshaken:
+            with suppress(ssl.SSLError):
+                self._tls.unwrap()
+        return self._outgoing.read()
+
+
+def reason(error: ssl.SSLError) -> str:
+    """An error of OpenSSL in words."""
+    verify = getattr(error, "verify_message", "")
+    text = (error.reason or str(error.args[-1])).replace("_", " ").lower()
+    return f"{text}: {verify}" if verify else text
+
+
+def server_context(snapshot: Snapshot) -> ssl.SSLContext:
+    """The context of a server; CertificateError if these certificates cannot make one.
+
+    With a client CA, only clients whose certificate it has signed are let in.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    with _memory_file(snapshot.cert) as cert, _memory_file(snapshot.key) as key:
+        try:
+            # The ssl module takes files alone. Without a password OpenSSL would ask the terminal.
+            context.load_cert_chain(_path(cert), _path(key), password=lambda: "")
+        except (ssl.SSLError, ValueError) as error:
+            files = f"--tlsCert {snapshot.cert_file} with --tlsKey {snapshot.key_file}"
+            raise CertificateError(f"{files}: {_explained(_text(error))}") from None
+    if snapshot.ca_file:
+        try:
+            context.load_verify_locations(cadata=snapshot.ca)
+        except (ssl.SSLError, ValueError) as error:
+            text = f"--tlsClientCA {snapshot.ca_file}: {_explained(_text(error))}"
+            raise CertificateError(text) from None
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_context(settings: ClientSettings) -> ssl.SSLContext:
+    """The context of a client, which verifies the server's name against its certificate.
+
+    Without --tlsCA the system's authorities are trusted. CertificateError if a file cannot be used.
+    """
+    ca, cert, key = settings.tls_ca, settings.tls_cert, settings.tls_key
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except (OSError, ValueError) as error:
+        raise CertificateError(f"--tlsCA {ca}: {_explained(_text(error))}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if cert:
+        try:
+            context.load_cert_chain(cert, key, password=lambda: "")
+        except (OSError, ValueError) as error:
+            text = f"--tlsCert {cert} with --tlsKey {key or cert}: {_explained(_text(error))}"
+            raise CertificateError(text) from None
+    return context
+
+
+def _text(error: OSError | ValueError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return reason(error)
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def _explained(text: str) -> str:
+    """The commonest words of OpenSSL, with what they mean here."""
+    if "key values mismatch" in text:
+        return "the key belongs to another certificate"
+    if "bad decrypt" in text or "password" in text:
+        return "the key is encrypted; store it without a passphrase, readable by this user alone"
+    if "no start line" in text or "pem lib" in text or "not enough data" in text:
+        return f"it is no PEM file of the kind that is needed ({text})"
+    return text
+
+
+def _memory_file(text: str) -> IO[str]:
+    file = os.fdopen(os.memfd_create("tls"), "w+", encoding="ascii")
+    file.write(text)
+    file.flush()
+    return file
+
+
+def _path(file: IO[str]) -> str:
+    return f"/proc/self/fd/{file.fileno()}"
