@@ -109,6 +109,7 @@ class Status:
         readiness = self.readiness()
         slots = self.slots
         return {
+            "at_s": time.monotonic(),
             "total": str(total),
             "age_s": round(age_s, 3),
             "ready": readiness.ready,
