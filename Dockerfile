@@ -6,7 +6,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends libatomic1 && r
 WORKDIR /app
 COPY requirements.txt .
 RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
-COPY *.py ./
+COPY *.py *.html ./
 RUN python -m compileall -q .
 
 USER 10001:10001

@@ -29,7 +29,7 @@ from gevent.timeout import Timeout
 
 from counter import Counter
 from protocol import TOTAL_MASK, BadFrame, Batch, encode_total, format_address
-from slots import REQUESTS
+from slots import READS, REQUESTS
 from sockets import silent_for_s, unread_bytes
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Turn:
             before = self._add(sum([amount for _, amount, _ in asked]))
             count = sum([1 if batch is None else len(batch) for _, _, batch in asked])
             self._slot[REQUESTS] += count
+            self._slot[READS] += len(asked)
         except Exception:
             for connection, _, _ in asked:
                 connection.fail()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, MutableSequence
 from itertools import accumulate, compress
 from typing import TYPE_CHECKING, Any, Final
@@ -23,7 +24,17 @@ import gevent
 from gevent import monkey
 
 from protocol import MAX_UNREAD_FRAMES, TOTAL_MASK, Batch, encode_total
-from slots import REQUESTS, TOTAL, TOTAL_AT_MS
+from slots import (
+    COMMIT_BOUNDS_S,
+    COMMIT_US,
+    COMMITS,
+    READS,
+    REASONS,
+    REFUSED,
+    REQUESTS,
+    TOTAL,
+    TOTAL_AT_MS,
+)
 from stores import InDoubt, Store, StoreAway
 
 if TYPE_CHECKING:
@@ -33,6 +44,9 @@ Asked = tuple["Connection", int, "Batch | None"]
 
 # A store that has not answered for so long is away, though it has not said so.
 SILENT_S: Final = 1.0
+
+# A store that nobody asks is asked for its total so often: an outage shows before it costs anyone.
+HEARTBEAT_S: Final = 5.0
 
 # Between attempts at a store that is away: doubled each time.
 FIRST_DELAY_S: Final = 0.05
@@ -79,6 +93,7 @@ class GroupCommit:
         self._asked_at = 0.0  # of the oldest addition that is under way
         self._busy = False  # a call to the store is under way
         self._started_at = 0.0
+        self._ended_at = 0.0  # of the last call that succeeded
         self._in_doubt = False
         self._outcome: int | None = None
         self._error: Exception | None = None
@@ -123,8 +138,11 @@ class GroupCommit:
                 self._marks = [(at, count) for at, count in marks if count]
             if self._asked and (not self._marks or self._marks[-1][1] < len(self._asked)):
                 self._marks.append((now, len(self._asked)))
-        if self._busy and now - self._started_at >= SILENT_S:
-            self._be_away(f"no answer for {SILENT_S:g} s")
+        if self._busy:
+            if now - self._started_at >= SILENT_S:
+                self._be_away(f"no answer for {SILENT_S:g} s")
+        elif now - self._ended_at >= HEARTBEAT_S and not (self._retry or self._closed):
+            self._start()
 
     def close(self) -> None:
         """Ends the worker when it has ended what it does; nothing more is committed."""
@@ -179,6 +197,7 @@ class GroupCommit:
         self._busy = False
         error = self._error
         if error is None:
+            self._measure()
             self._failures = 0
             if self._away:
                 self._away = False
@@ -200,6 +219,13 @@ class GroupCommit:
             self._under_way = []
             self._store.close()
             self._try_again(str(error))
+
+    def _measure(self) -> None:
+        now = time.monotonic()
+        self._ended_at = now
+        took_s = now - self._started_at
+        self._slot[COMMITS + bisect_left(COMMIT_BOUNDS_S, took_s)] += 1
+        self._slot[COMMIT_US] += int(took_s * 1e6)
 
     def _succeed(self, before: int | None) -> None:
         under_way, self._under_way = self._under_way, []
@@ -239,6 +265,7 @@ class GroupCommit:
                     connection.fail()
             before = after
         self._slot[REQUESTS] += answered
+        self._slot[READS] += len(under_way)
         return before
 
     def _put_back(self) -> None:
@@ -271,6 +298,7 @@ class GroupCommit:
     def _withdraw(self, asked: list[Asked]) -> None:
         for connection, _, _ in asked:
             if connection.owed:
+                self._slot[REFUSED + REASONS.index("store")] += 1
                 connection.withdraw("store")
 
 

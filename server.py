@@ -47,8 +47,21 @@ from prefork import (
 from protocol import Decoder, format_address
 from room import Room
 from settings import EXIT_USAGE, ServerSettings, read_settings
-from slots import CONNECTIONS, LOSSES, REFUSED, REQUESTS, WORKERS, Slots
-from sockets import listen
+from slots import (
+    CONNECTIONS,
+    CONNECTIONS_TOTAL,
+    LOSSES,
+    PID,
+    REASONS,
+    REFUSED,
+    REQUESTS,
+    STARTS,
+    WAITING,
+    WORKERS,
+    Slots,
+)
+from sockets import listen, waiting_connections
+from status import Status
 from stores import Store, StoreError
 from values import Seconds
 
@@ -65,6 +78,10 @@ ACCEPT_PAUSE_S: Final = 0.1
 # What a process that is ahead of others in connections leaves a new one to them for: long enough
 # for an idle process to wake, short beside what a connection costs its peer anyway.
 LEAVE_TO_OTHERS_S: Final = 0.001
+
+# The admin process ends when the serving ones have; it looks so often.
+ADMIN_LOOK_S: Final = 0.02
+ADMIN_BACKLOG: Final = 128
 
 # How long the certificate files may take to be looked at, which is done in a helping process.
 CERTIFICATE_CHECK_S: Final = 10.0
@@ -141,6 +158,8 @@ class CounterServer(StreamServer):
         super().start()
         self._sweeper.start(self._sweep)
         self._before_waiting.start(self.turn.commit)
+        self.slot[STARTS] += 1
+        self.slot[PID] = os.getpid()
         self.slot[WORKERS] = self.pool.size
 
     def do_read(self) -> tuple[_socket.socket, Any] | None:  # type: ignore[override]
@@ -218,7 +237,7 @@ class CounterServer(StreamServer):
 
     def refused(self, reason: str, detail: str) -> None:
         """Counts and logs that a peer was turned away."""
-        self.slot[REFUSED] += 1
+        self.slot[REFUSED + REASONS.index(reason)] += 1
         self.limited_log.warning(reason, "a peer was refused: %s", detail)
 
     def gave_up_idle(self, connection: Connection) -> None:
@@ -230,6 +249,8 @@ class CounterServer(StreamServer):
     def count_connections(self, change: int) -> None:
         """Notes that a connection began (+1) or ended (-1)."""
         self.slot[CONNECTIONS] += change
+        if change > 0:
+            self.slot[CONNECTIONS_TOTAL] += change
 
     def check_quiet(self) -> None:
         """Wakes drain() when the last lingering socket is gone."""
@@ -246,8 +267,10 @@ class CounterServer(StreamServer):
         for linger in [linger for linger in self.lingering if now >= linger.until]:
             linger.close()
         self.turn.sweep(now)
-        if not self._closing and self.pool.full():
-            self._room.make(now)
+        if not self._closing:
+            self.slot[WAITING] = waiting_connections(self.socket)
+            if self.pool.full():
+                self._room.make(now)
 
     def load_certificates(self) -> None:
         """Takes the certificates that were published last, for connections from now on."""
@@ -327,6 +350,13 @@ class Shared:
     keeper: Keeper
     certificates: Certificates | None
     slots: Slots
+    admin: socket.socket | None  # where the admin port listens
+
+    def status(self) -> Status:
+        """What the admin port tells, for the process that serves it."""
+        in_memory = self.settings.store.kind == "memory"
+        read_total = self.keeper.open().total if in_memory else None
+        return Status(self.slots, str(self.settings.store), read_total, self.keeper.found.total)
 
 
 def serve(settings: ServerSettings) -> int:
@@ -341,6 +371,7 @@ def serve(settings: ServerSettings) -> int:
             make_keeper(settings, processes),
             make_certificates(settings),
             Slots(max(1, processes)),
+            listen_admin(settings),
         )
     except (OSError, StoreError, CertificateError) as error:
         return fail(str(error), EXIT_CANNOT_START)
@@ -348,6 +379,10 @@ def serve(settings: ServerSettings) -> int:
     _log.info("CPUs to use: %g; an answered addition survives %s", cpus, found.survives)
     for warning in found.warnings:
         _log.warning("store %s: %s", settings.store, warning)
+
+    if shared.admin:
+        where = format_address(*shared.admin.getsockname()[:2])
+        _log.info("the admin port is at http://%s/", where)
 
     def announce() -> None:
         where = format_address(*shared.listener.getsockname()[:2])
@@ -370,19 +405,31 @@ def serve_forked(shared: Shared, workers: int, announce: Callable[[], None]) -> 
     shares = split_evenly(workers, len(shared.slots))
 
     def serve_share(index: int, ready: Callable[[], None]) -> int:
+        if index == len(shared.slots):
+            serve_admin(shared, ready)
+            return 0
         # The master ends a process by SIGTERM; Ctrl-C is for the master.
         serve_here(shared, index, shares[index], ready, (signal.SIGTERM,))
         return 0
 
+    def note_death(index: int) -> None:
+        if index < len(shared.slots):
+            shared.slots.clear_gauges(index)
+
+    def close_listeners() -> None:
+        shared.listener.close()
+        if shared.admin:
+            shared.admin.close()
+
     master = Master(
-        len(shared.slots),
+        len(shared.slots) + (shared.admin is not None),
         serve_share,
         shared.settings.drain_timeout_s,
-        shared.slots.clear_gauges,
+        note_death,
         partial(reload_certificates, shared, check_aside),
     )
     try:
-        master.run(announce, on_stop=shared.listener.close)
+        master.run(announce, on_stop=close_listeners)
     except CannotBoot as error:
         sys.stderr.write(f"server.py: {error}\n")
         return False
@@ -429,14 +476,61 @@ def serve_here(
         shared.certificates,
     )
     server.start()
+    admin = None
+    if shared.admin and signal.SIGINT in stop_signals:
+        from admin import Admin
+
+        admin = Admin(shared.admin, shared.status())
+        admin.start()
     # What exists now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
     ready()
     stop.wait()
+    if admin:
+        admin.status.draining = True
     server.drain(shared.settings.drain_timeout_s, cut)
+    if admin:
+        admin.stop()
     for handler in handlers:
         handler.cancel()
+
+
+def serve_admin(shared: Shared, ready: Callable[[], None]) -> None:
+    """Serves the admin port in this process until the serving ones have ended."""
+    from gevent import monkey
+
+    monkey.patch_all()
+    from admin import Admin
+
+    assert shared.admin is not None
+    # Whoever holds it keeps the port open.
+    shared.listener.close()
+    stop, cut = Event(), Event()
+    handlers = [
+        gevent.signal_handler(signal.SIGTERM, stop.set),
+        gevent.signal_handler(CUT_SIGNAL, cut.set),
+    ]
+    admin = Admin(shared.admin, shared.status())
+    admin.start()
+    ready()
+    stop.wait()
+    admin.status.draining = True
+    while any(shared.slots.cells(PID)) and not cut.wait(ADMIN_LOOK_S):
+        pass
+    admin.stop()
+    for handler in handlers:
+        handler.cancel()
+
+
+def listen_admin(settings: ServerSettings) -> socket.socket | None:
+    """The admin port's listening socket, None where there is to be none; OSError."""
+    if settings.admin_port is None:
+        return None
+    try:
+        return listen(settings.admin_host, settings.admin_port, ADMIN_BACKLOG)
+    except OSError as error:
+        raise OSError(f"admin port: {error}") from None
 
 
 def make_certificates(settings: ServerSettings) -> Certificates | None:

@@ -195,6 +195,22 @@ class ServerSettings:
         parse=parse_seconds(0),
         metavar="TIME",
     )
+    admin_port: int | None = option(
+        "--adminPort",
+        _RUN,
+        "serve health, metrics, the total and a page over HTTP on this port; 0 takes a free one",
+        parse=parse_port,
+        metavar="PORT",
+        shown_default="off",
+    )
+    admin_host: str = option(
+        "--adminHost",
+        _RUN,
+        "interface of the admin port; whoever reaches it can read, not change",
+        default="127.0.0.1",
+        parse=parse_host,
+        metavar="HOST",
+    )
     tls_cert: str | None = option(
         "--tlsCert",
         _TLS,

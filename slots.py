@@ -21,22 +21,33 @@ from protocol import TOTAL_MASK
 
 # Counts, which only grow and survive the process.
 REQUESTS: Final = 0  # additions, reads included
-REFUSED: Final = 1  # connections that the server ended because of what the peer did
+CONNECTIONS_TOTAL: Final = 1  # connections that ever began
 TOTAL: Final = 2  # the last total that a store told
 TOTAL_AT_MS: Final = 3  # when, by the monotonic clock; 0 where none did
 LOSSES: Final = 4  # how often a store was found to have lost what it had answered
+READS: Final = 5  # reads from sockets that brought frames
+STARTS: Final = 6  # processes that served in this place, one after the other
+COMMIT_US: Final = 7  # microseconds in commits to a store, all together
+REFUSED: Final = 8  # the first of as many as there are REASONS
+# The first of as many as there are COMMIT_BOUNDS_S, and one: commits by how long they took.
+COMMITS: Final = 16
+
+# Why the server ended a connection that had not ended itself.
+REASONS: Final = ("checksum", "limit", "incomplete", "not-reading", "idle", "tls", "store")
+COMMIT_BOUNDS_S: Final = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 # Gauges, which end with the process.
-CONNECTIONS: Final = 8  # connections that hold a worker now
-WORKERS: Final = 9  # how many may; 0 while the process does not accept
-AWAY_SINCE_MS: Final = 10  # since when its store is away, by the monotonic clock; 0 where it is not
+PID: Final = 32
+CONNECTIONS: Final = 33  # connections that hold a worker now
+WORKERS: Final = 34  # how many may; 0 while the process does not accept
+AWAY_SINCE_MS: Final = 35  # since when its store is away, by the monotonic clock; 0 where it is not
+WAITING: Final = 36  # connections in the backlog, as this process saw it last
 
-_FIRST_GAUGE: Final = 8
+_FIRST_GAUGE: Final = 32
+_CELLS: Final = 48  # 384 bytes a slot: two processes never write to the same cache line
 
 # So much later than another may a process note a total that the store told it earlier.
 _LATE_MS: Final = 1000
-
-_CELLS: Final = 16  # 128 bytes a slot: two processes never write to the same cache line
 
 
 class Slots:
@@ -67,6 +78,10 @@ class Slots:
             yield
         finally:
             fcntl.lockf(self._lock, fcntl.LOCK_UN)
+
+    def cells(self, cell: int) -> list[int]:
+        """One cell of each process."""
+        return [slot[cell] for slot in self._slots]
 
     def sum(self, cell: int) -> int:
         """One cell over all processes, dead and living."""
