@@ -35,6 +35,8 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "store_timeout_s": ("10s", 10.0, "3m"),
     "write_timeout_s": ("500ms", 0.5, "3m"),
     "drain_timeout_s": ("0", 0.0, "3m"),
+    "admin_port": (":9100", 9100, "9101"),
+    "admin_host": ("0.0.0.0", "0.0.0.0", "example.org"),
     "idle_timeout_s": ("2m", 120.0, "3m"),
     "tls_cert": ("server.pem", "server.pem", "other.pem"),
     "tls_key": ("server.key", "server.key", "other.key"),
@@ -59,7 +61,7 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
 }
 
 
-ANY_TEXT = ("host", "json", "tls_cert", "tls_key", "tls_client_ca", "tls_ca")
+ANY_TEXT = ("host", "admin_host", "json", "tls_cert", "tls_key", "tls_client_ca", "tls_ca")
 
 
 class Option(NamedTuple):
