@@ -13,6 +13,12 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Final
+
+from prefork import ChildError, ask_child
+
+# How long the certificate files may take to be looked at, which is done in a helping process.
+CHECK_S: Final = 10.0
 
 _LENGTH = struct.Struct("=Q")
 
@@ -100,3 +106,28 @@ class SharedText:
         place = self._place[0]
         (length,) = _LENGTH.unpack(os.pread(self._file, _LENGTH.size, place))
         return os.pread(self._file, length, place + _LENGTH.size).decode()
+
+
+def check_here(snapshot: Snapshot) -> None:
+    """CertificateError if these certificates cannot be used."""
+    from tls import server_context
+
+    server_context(snapshot)
+
+
+def check_aside(snapshot: Snapshot) -> None:
+    """The same by a helping process: the one that is still to fork must not import ssl."""
+
+    def check() -> str:
+        try:
+            check_here(snapshot)
+        except CertificateError as error:
+            return str(error)
+        return "good"
+
+    try:
+        answer = ask_child(check, CHECK_S)
+    except ChildError as error:
+        raise CertificateError(f"--tlsCert {snapshot.cert_file}: {error}") from None
+    if answer != "good":
+        raise CertificateError(answer)

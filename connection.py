@@ -33,7 +33,7 @@ from slots import READS, REQUESTS
 from sockets import silent_for_s, unread_bytes
 
 if TYPE_CHECKING:
-    from server import CounterServer
+    from serving import CounterServer
 
 # A buffer of less than 480 bytes comes from Python's own allocator, 0.2 us sooner than one from the
 # heap. A read that fills it is followed by large ones for as long as there is much to read; their

@@ -41,7 +41,7 @@ CUT_SIGNAL: Final = signal.SIGUSR2
 
 _PR_SET_PDEATHSIG: Final = 1
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-_HANDLED: Final = (*_STOP_SIGNALS, signal.SIGCHLD, signal.SIGHUP)
+_HANDLED: Final = (*_STOP_SIGNALS, signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR1)
 
 _log = logging.getLogger("server")
 
@@ -60,7 +60,8 @@ class Master:
     `serve` calls `ready()` once it serves, ends at SIGTERM within `drain_timeout_s`, at CUT_SIGNAL
     at once, and gives back the exit code of its process; EXIT_CANNOT_BOOT says that it
     cannot start and has said why. `on_death(index)` is called in the master after each death,
-    `on_reload()` after SIGHUP; if it is true, every process gets SIGHUP.
+    `on_reload()` after SIGHUP; if it is true, every process gets SIGHUP. `on_dump()` after SIGUSR1,
+    which every process gets then.
     """
 
     def __init__(
@@ -70,13 +71,16 @@ class Master:
         drain_timeout_s: float,
         on_death: Callable[[int], None],
         on_reload: Callable[[], bool] = lambda: False,
+        on_dump: Callable[[], None] = lambda: None,
     ) -> None:
         self._count = count
         self._serve = serve
         self._drain_timeout_s = drain_timeout_s
         self._on_death = on_death
         self._on_reload = on_reload
+        self._on_dump = on_dump
         self._must_reload = False
+        self._must_dump = False
         self._pid = os.getpid()
         self._indexes: dict[int, int] = {}  # of each living process, by pid
         self._ready = mmap.mmap(-1, count)  # one byte a process, set by itself
@@ -120,6 +124,8 @@ class Master:
             self._stop_signals += 1
         elif number == signal.SIGHUP:
             self._must_reload = True
+        elif number == signal.SIGUSR1:
+            self._must_dump = True
 
     def _until_ready(self) -> None:
         while not self._stop_signals and not all(self._ready[i] for i in range(self._count)):
@@ -132,15 +138,23 @@ class Master:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_end, 4096)
         self._reap()
-        if self._must_reload and not self._stop_signals:
-            self._must_reload = False
-            if self._on_reload():
-                self._tell(signal.SIGHUP)
+        self._obey()
         ready = {index for index in range(self._count) if self._ready[index]}
         for index in ready - self._were_ready:
             self._has_served = True
             self._failures.pop(index, None)
         self._were_ready = ready
+
+    def _obey(self) -> None:
+        """Does what SIGHUP and SIGUSR1 ask for."""
+        if self._must_dump:
+            self._must_dump = False
+            self._on_dump()
+            self._tell(signal.SIGUSR1)
+        if self._must_reload and not self._stop_signals:
+            self._must_reload = False
+            if self._on_reload():
+                self._tell(signal.SIGHUP)
 
     def _seconds_to_retry(self) -> float | None:
         if not self._retry_at:
@@ -223,8 +237,9 @@ class Master:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            # It takes what was published last once it listens to this.
+            # Until it listens to these; it takes the certificates that were published last anyway.
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             # A Ctrl-C in a terminal reaches every process of it; the master's word counts.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)

@@ -14,7 +14,7 @@ from slots import WORKERS
 from sockets import waiting_connections
 
 if TYPE_CHECKING:
-    from server import CounterServer
+    from serving import CounterServer
 
 
 class Room:

@@ -16,7 +16,7 @@ from connection import LARGE_READ, Connection
 from tls import Session, TlsError
 
 if TYPE_CHECKING:
-    from server import CounterServer
+    from serving import CounterServer
 
 
 class TlsConnection(Connection):

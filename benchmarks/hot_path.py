@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from connection import LARGE_READ, SMALL_READ, Connection
 from counter import Counter, MemoryCounter, make_shared_counter
 from protocol import REPLY_SIZE, encode_frame
-from server import CounterServer, listen
+from serving import CounterServer
 from settings import ServerSettings
+from sockets import listen
 
 CONNECTIONS: Final = 40
 ROUNDS: Final = 7

@@ -384,7 +384,8 @@ def test_replies_do_not_wait_and_a_peer_that_vanished_is_found() -> None:
     check = """
 import socket, gevent
 from counter import MemoryCounter
-from server import CounterServer, listen
+from serving import CounterServer
+from sockets import listen
 from settings import ServerSettings
 server = CounterServer(listen("127.0.0.1", 0, 1), MemoryCounter(), 1, ServerSettings())
 server.start()
