@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from connection import Connection
 
 Asked = tuple["Connection", int, "Batch | None"]
+Marks = list[tuple[float, int]]  # of a list of what is asked: when so many of it waited already
 
 # A store that has not answered for so long is away, though it has not said so.
 SILENT_S: Final = 1.0
@@ -88,9 +89,9 @@ class GroupCommit:
         # Never replaced: the worker takes from its head while the loop appends.
         self._asked: list[Asked] = []
         self._taking = _raw_lock()
-        self._marks: list[tuple[float, int]] = []  # when so many of `_asked` waited already
+        self._marks: Marks = []  # of `_asked`
         self._under_way: list[Asked] = []
-        self._asked_at = 0.0  # of the oldest addition that is under way
+        self._marks_under_way: Marks = []
         self._busy = False  # a call to the store is under way
         self._started_at = 0.0
         self._ended_at = 0.0  # of the last call that succeeded
@@ -124,18 +125,12 @@ class GroupCommit:
         """Withdraws what has waited too long, and notices a store that is silent."""
         late_at = now - self._timeout_s
         with self._taking:
-            late = max((count for at, count in self._marks if at <= late_at), default=0)
-            overdue = self._asked[:late]
-            if self._asked_at <= late_at:
-                overdue += self._under_way
+            overdue = self._under_way[: _late(self._marks_under_way, late_at)]
+            overdue += self._asked[: _late(self._marks, late_at)]
             if overdue:
                 self._withdraw(overdue)
                 # Whatever else those connections asked for stands behind what is withdrawn.
-                kept = [bool(connection.owed) for connection, _, _ in self._asked]
-                self._asked[:] = compress(self._asked, kept)
-                left = list(accumulate(kept, initial=0))
-                marks = [(at, left[count]) for at, count in self._marks if at > late_at]
-                self._marks = [(at, count) for at, count in marks if count]
+                self._asked[:], self._marks = _still_owed(self._asked, self._marks)
             if self._asked and (not self._marks or self._marks[-1][1] < len(self._asked)):
                 self._marks.append((now, len(self._asked)))
         if self._busy:
@@ -177,10 +172,11 @@ class GroupCommit:
         """
         with self._taking:
             count = len(self._asked)
-            self._under_way = [asked for asked in self._asked[:count] if asked[0].owed]
+            marks, self._marks = self._marks, []
+            if not marks or marks[-1][1] < count:
+                marks.append((time.monotonic(), count))
+            self._under_way, self._marks_under_way = _still_owed(self._asked[:count], marks)
             del self._asked[:count]
-            self._asked_at = self._marks[0][0] if self._marks else self._started_at
-            self._marks.clear()
         return sum([amount for _, amount, _ in self._under_way])
 
     def _start(self) -> None:
@@ -271,11 +267,8 @@ class GroupCommit:
     def _put_back(self) -> None:
         """What a commit held that was not made waits again, in front of what came since."""
         with self._taking:
-            again = [asked for asked in self._under_way if asked[0].owed]
-            count = len(again)
-            if count:
-                later = [(at, n + count) for at, n in self._marks]
-                self._marks = [(self._asked_at, count), *later]
+            again, marks = _still_owed(self._under_way, self._marks_under_way)
+            self._marks = [*marks, *((at, len(again) + count) for at, count in self._marks)]
             self._asked[:0] = again
             self._under_way = []
 
@@ -300,6 +293,20 @@ class GroupCommit:
             if connection.owed:
                 self._slot[REFUSED + REASONS.index("store")] += 1
                 connection.withdraw("store")
+
+
+def _late(marks: Marks, late_at: float) -> int:
+    """How many waited already at a moment."""
+    return max((count for at, count in marks if at <= late_at), default=0)
+
+
+def _still_owed(asked: list[Asked], marks: Marks) -> tuple[list[Asked], Marks]:
+    """What is asked by connections that were not withdrawn since, and the marks of that."""
+    kept = [bool(connection.owed) for connection, _, _ in asked]
+    if all(kept):
+        return asked, marks
+    left = list(accumulate(kept, initial=0))
+    return list(compress(asked, kept)), [(at, left[count]) for at, count in marks if left[count]]
 
 
 class _Greenlet:

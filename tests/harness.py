@@ -49,7 +49,10 @@ def _limit(one_cpu: bool, descriptors: int | None) -> None:
 
 
 class Command:
-    """A command of the project as a real process, its output collected line by line."""
+    """A command of the project as a real process, its output collected line by line.
+
+    `inside` is a command that runs it, such as one that enters another network.
+    """
 
     def __init__(
         self,
@@ -58,14 +61,16 @@ class Command:
         stdin: int | None = subprocess.DEVNULL,
         one_cpu: bool = False,
         descriptors: int | None = None,
+        inside: Sequence[str] = (),
     ) -> None:
         env = {k: v for k, v in os.environ.items() if not k.startswith("COUNTER_")}
         self.process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [*inside, sys.executable, *arguments],
             cwd=ROOT,
             env=env | (environment or {}),
             stdin=stdin,
-            preexec_fn=partial(_limit, one_cpu, descriptors),
+            # Only where it is needed: Python warns of it where threads run.
+            preexec_fn=partial(_limit, one_cpu, descriptors) if one_cpu or descriptors else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -159,6 +164,7 @@ class ServerCommand(Command):
         port: str = "0",
         workers: int | None = None,
         descriptors: int | None = None,
+        inside: Sequence[str] = (),
     ) -> None:
         if workers:
             arguments = ("--multiplier", str(workers), *arguments)
@@ -169,10 +175,15 @@ class ServerCommand(Command):
             *arguments,
             one_cpu=workers is not None,
             descriptors=descriptors,
+            inside=inside,
         )
-        self.first_line = self.line()
-        match = re.fullmatch(r"Listening on (\S+) with (\d+) workers .*", self.first_line)
-        assert match, self.first_line
+        try:
+            self.first_line = self.line()
+            match = re.fullmatch(r"Listening on (\S+) with (\d+) workers .*", self.first_line)
+            assert match, self.first_line
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         self.address = match[1]
         self.workers = int(match[2])
 

@@ -20,6 +20,7 @@ from multiprocessing.connection import Pipe
 import pytest
 
 from client import ConnectError, CounterClient, OutcomeUnknown
+from faults import LONG
 from harness import (
     PATIENCE_S,
     ROOT,
@@ -120,9 +121,6 @@ def test_a_second_signal_ends_everything_at_once(processes: str) -> None:
             peer.expect_eof()
             server.signal(signal.SIGTERM)
             assert server.farewell() == (1, 1)
-
-
-LONG = os.environ.get("LONG") == "1"  # make chaos
 
 
 def test_killing_random_processes_under_load_loses_no_answered_addition() -> None:
