@@ -69,6 +69,9 @@ LEAVE_TO_OTHERS_S: Final = 0.001
 # How long the certificate files may take to be looked at, which is done in a helping process.
 CERTIFICATE_CHECK_S: Final = 10.0
 
+# Between attempts to take certificates that are known to be good.
+RELOAD_RETRY_S: Final = 0.5
+
 # Descriptors besides the workers' own: the process's, and sockets that linger.
 SPARE_DESCRIPTORS: Final = 64
 
@@ -256,6 +259,19 @@ class CounterServer(StreamServer):
         assert self._certificates is not None
         self.tls_context = server_context(self._certificates.snapshot())
 
+    def take_certificates(self) -> None:
+        """The same, in a greenlet that tries until it can.
+
+        They are known to be good: only descriptors or memory can be missing, and all processes
+        shall have the same certificates.
+        """
+        while True:
+            try:
+                return self.load_certificates()
+            except (CertificateError, OSError) as error:
+                self.limited_log.warning("reload", "cannot take the certificates yet: %s", error)
+                gevent.sleep(RELOAD_RETRY_S)
+
     def drain(self, timeout_s: float, cut: Event) -> None:
         """Stops: counts and answers what every socket holds now, then closes with FIN.
 
@@ -412,9 +428,10 @@ def serve_here(
         cut.set()
 
     def on_reload() -> None:
-        # A process that is alone is its own master.
-        if signal.SIGINT not in stop_signals or reload_certificates(shared, check_here):
-            server.load_certificates()
+        # A process that is alone is its own master. A terminal that is closed tells all processes.
+        is_alone = signal.SIGINT in stop_signals
+        if reload_certificates(shared, check_here) if is_alone else shared.certificates:
+            server.take_certificates()
 
     handlers = [gevent.signal_handler(number, on_stop) for number in stop_signals]
     handlers.append(gevent.signal_handler(CUT_SIGNAL, on_cut))
@@ -458,7 +475,7 @@ def reload_certificates(shared: Shared, check: Callable[[Snapshot], None]) -> bo
         return False
     try:
         shared.certificates.load(check)
-    except CertificateError as error:
+    except (CertificateError, OSError) as error:
         _log.error("SIGHUP: the certificates are kept as they were: %s", error)
         return False
     _log.info("SIGHUP: the certificates were loaded again")
