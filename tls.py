@@ -16,6 +16,8 @@ from certificates import CertificateError, Snapshot
 from settings import ClientSettings
 
 RECORD_HEADER: Final = 5
+# What OpenSSL says of files that are something else, or not whole.
+NO_PEM: Final = ("no start line", "bad end line", "pem lib", "not enough data", "empty")
 ENCRYPTED: Final = (
     "the key is encrypted; store it without a passphrase, readable by this user alone"
 )
@@ -170,10 +172,7 @@ def _explained(text: str) -> str:
     """The commonest words of OpenSSL, with what they mean here."""
     if "key values mismatch" in text:
         return "the key belongs to another certificate"
-    if any(
-        words in text
-        for words in ("no start line", "bad end line", "pem lib", "not enough data", "empty")
-    ):
+    if any(words in text for words in NO_PEM):
         return f"it is no PEM file of the kind that is needed ({text})"
     return text
 

@@ -7,6 +7,7 @@ for another host, or has a key with a passphrase.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import itertools
 import shutil
@@ -197,6 +198,14 @@ class SplitPeer(Peer):
         while received := self.sock.recv(65536):
             data += self.session.receive(received)
         assert self.session.ended, "no close_notify before the FIN"
+        return data
+
+    def plain_then_farewell(self, size: int) -> bytes:
+        """So many bytes of the application, then this end says farewell."""
+        data = self.plain(size) if size else b""
+        with contextlib.suppress(OSError):  # the server may have ended already
+            self.send(self.session.farewell())
+            self.sock.shutdown(socket.SHUT_WR)
         return data
 
 

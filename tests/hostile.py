@@ -24,6 +24,7 @@ from itertools import count
 from protocol import encode_frame, parse_address
 
 READ = encode_frame(0)
+MANY_READS = READ * 1024
 RESET = struct.pack("ii", 1, 0)
 BIND_ADDRESS_NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: a port is free unless the same peer has it
 SOURCES = 200  # addresses of the loopback, each with ports of its own
@@ -80,10 +81,10 @@ class Nuisances:
         try:
             again_s = self.misbehave(one)
         except BlockingIOError:
-            again_s = 0.3
+            # Whoever reads nothing does not learn that the server has closed: it goes after a while.
+            again_s = None if one.way == "deaf" and self.random.random() < 0.06 else 0.3
         except OSError:
-            self.leave(one)
-            return
+            again_s = None
         if again_s is None:
             self.leave(one)
         elif again_s:
@@ -105,8 +106,8 @@ class Nuisances:
             one.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             return None
         elif one.way == "deaf":
-            while True:
-                one.sent += one.sock.send((READ * 4096)[one.sent % 16 :])
+            one.sent += one.sock.send(MANY_READS[one.sent % 16 :])
+            return 0.05
         elif one.way == "garbage":
             one.sock.send(self.garbage[: self.random.randrange(16, 4096)])
         elif one.way == "connect":
@@ -134,6 +135,9 @@ class Nuisances:
         except OSError:
             return False
         sock.setblocking(False)
+        if one.way == "deaf":  # a few frames fill it, so that thousands of the kind are possible
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
         sock.setsockopt(socket.IPPROTO_IP, BIND_ADDRESS_NO_PORT, 1)
         sock.bind((f"127.0.0.{2 + next(self.sources) % SOURCES}", 0))
         if sock.connect_ex(self.address) not in (0, errno.EINPROGRESS):

@@ -1,4 +1,4 @@
-"""Hostile peers, broken networks, jumping clocks and long runs: the good clients' totals stay exact.
+"""Hostile peers, bad networks, jumping clocks, long runs: the good clients' totals stay exact.
 
 Short forms run always; LONG=1 (make chaos) runs the long ones and prints their figures.
 """
@@ -62,7 +62,7 @@ def test_good_clients_stay_exact_among_hostile_ones_in_eight_ways() -> None:
     everybody, good, processes = (10_000, 100, 2) if LONG else (400, 20, 1)
     measured_s, warmup_s = (20, 6) if LONG else (3, 2)
     many = everybody - good
-    workers = everybody * 6 // 10
+    workers = 1500 if LONG else 200  # so the pool is at its limit all the time
     raise_descriptor_limit()
     timeouts = ("--frameTimeout", "2s", "--idleTimeout", "1s", "--writeTimeout", "2s")
     with ServerCommand(
@@ -71,11 +71,11 @@ def test_good_clients_stay_exact_among_hostile_ones_in_eight_ways() -> None:
         if LONG:
             spread_over_all_cpus(server)
         pids = children(server.process.pid)
-        flags = ("--connections", str(good))
-        with start_load(server.address, *flags, "--duration", "5s" if LONG else "1s") as load:
+        crowd = ("--connections", str(good))
+        with start_load(server.address, *crowd, "--duration", "5s" if LONG else "1s") as load:
             before = result_of(load, 60)
-        flags = (*flags, "--warmup", f"{warmup_s}s", "--duration", f"{measured_s}s")
-        with server.connect() as observer, start_load(server.address, *flags) as load:
+        times = ("--warmup", f"{warmup_s}s", "--duration", f"{measured_s}s")
+        with server.connect() as observer, start_load(server.address, *crowd, *times) as load:
             total = observer.add(0)
             wait_until(lambda: observer.add(0) > total + good, "the good ones have their workers")
             until = time.monotonic() + warmup_s + measured_s
@@ -96,7 +96,7 @@ def test_good_clients_stay_exact_among_hostile_ones_in_eight_ways() -> None:
         assert result["check"]["verdict"] == "ok"
         assert result["errors"] == {}
         assert result["answered"] == result["sent"]
-    assert all(done[way] for way in WAYS if way != "drip"), done
+    assert all(done[way] for way in WAYS), done
     assert f"all {workers} workers are taken" in log
     assert "Traceback" not in log
     assert len(log) < 100_000
@@ -177,7 +177,7 @@ def test_the_wall_clock_plays_no_part_in_any_deadline(jumping: dict[str, str]) -
     timeouts = ("--frameTimeout", "500ms", "--idleTimeout", "600ms", "--writeTimeout", "500ms")
     one_worker = ("--multiplier", "1", "--processes", "1")
     script = (
-        "import time; times = [time.time() for _ in range(10**6)]; print(max(times)-min(times))"
+        "import time; times = [time.time() for _ in range(10**6)]; print(max(times) - min(times))"
     )
     with Command("-c", script, environment=jumping) as check:
         assert float(check.line()) > 100_000, "the clock does jump"
@@ -192,7 +192,7 @@ def test_the_wall_clock_plays_no_part_in_any_deadline(jumping: dict[str, str]) -
             assert idle.add(1) == 2
         with Peer(address) as deaf:
             deaf.sock.settimeout(0.3)
-            with pytest.raises(TimeoutError):
+            with suppress(TimeoutError):
                 while True:
                     deaf.send(ONE * 4096)
             server.error_line_with("does not read its replies")
@@ -472,8 +472,6 @@ def test_a_link_that_goes_down_and_comes_back_costs_time_and_no_addition(
             *("--duration", "8s", "--warmup", "0s", "--connections", "20", "--amount", "1"),
             *("--timeout", f"{timeout_s}s"),
         ) as client:
-            with machines.run(machines.server, "client.py", "--serverAddress", address, "--read"):
-                pass
             wait_until(partial(has_total, machines, address), "the load has begun")
             machines.pull()
             wait_until(partial(has_passed, time.monotonic() + outage_s), "the outage is over")
