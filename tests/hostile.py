@@ -81,8 +81,7 @@ class Nuisances:
         try:
             again_s = self.misbehave(one)
         except BlockingIOError:
-            # Whoever reads nothing does not learn that the server has closed: it goes after a while.
-            again_s = None if one.way == "deaf" and self.random.random() < 0.06 else 0.3
+            again_s = 0.3
         except OSError:
             again_s = None
         if again_s is None:
@@ -107,7 +106,8 @@ class Nuisances:
             return None
         elif one.way == "deaf":
             one.sent += one.sock.send(MANY_READS[one.sent % 16 :])
-            return 0.05
+            # Whoever reads nothing does not learn that the server has closed: it gives up one day.
+            return 0.05 if self.random.random() < 0.98 else None
         elif one.way == "garbage":
             one.sock.send(self.garbage[: self.random.randrange(16, 4096)])
         elif one.way == "connect":
