@@ -1,13 +1,14 @@
 # make demo   serve and load for ten seconds, and show both results
 # make test   lint, types and all tests
 # make bench  this server beside its rivals, in alternating rounds; writes docs/benchmarks.md
-# make chaos  the long form of the tests that kill, pause, fill and cut off what serves under load
+# make chaos  the long forms of the tests: kills, stores that fail, hostile peers, fuzz, memory
 # make clean  forget the virtual environment
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DURATION ?= 10s
+CHAOS ?= killing or durability or test_hostile or test_fuzz
 
 .PHONY: demo test lint types bench chaos clean
 
@@ -28,7 +29,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/compare.py
 
 chaos: $(VENV)/dev.stamp
-	LONG=1 $(BIN)/python -m pytest -s -k "killing or durability"
+	LONG=1 $(BIN)/python -m pytest -s -k "$(CHAOS)"
 
 clean:
 	rm -rf $(VENV)

@@ -73,13 +73,13 @@ class Certificates:
 
 def _read(flag: str, name: str) -> str:
     try:
-        with open(name, encoding="ascii") as file:
-            return file.read()
+        with open(name, "rb") as file:
+            data = file.read()
     except OSError as error:
         text = (error.strerror or str(error)).lower()
         raise CertificateError(f"{flag} {name}: {text}") from None
-    except UnicodeDecodeError:
-        raise CertificateError(f"{flag} {name}: it is no PEM file") from None
+    # What counts is ASCII; bundles of authorities have names in other letters between.
+    return data.decode("ascii", "replace").replace("\ufffd", "?")
 
 
 class SharedText:

@@ -308,7 +308,8 @@ class LoadProcess:
                 if not data:
                     raise OSError(errno.EPROTO, "the server ended the TLS handshake")
         except TlsError as error:
-            sock.sendall(session.outgoing())
+            with contextlib.suppress(OSError):  # the reason is worth more
+                sock.sendall(session.outgoing())
             raise OSError(errno.EPROTO, str(error)) from None
 
     def open_all(self) -> None:

@@ -198,8 +198,9 @@ def serve_here(
         cut.set()
 
     def on_reload() -> None:
-        if not is_alone or reload_certificates(shared, check_here):
-            server.load_certificates()
+        # A terminal that is closed tells all processes.
+        if reload_certificates(shared, check_here) if is_alone else shared.certificates:
+            server.take_certificates()
 
     def on_dump() -> None:
         if is_alone:
@@ -308,7 +309,7 @@ def _reload(shared: Shared, check: Callable[[Snapshot], None]) -> bool:
         return False
     try:
         shared.certificates.load(check)
-    except CertificateError as error:
+    except (CertificateError, OSError) as error:
         _log.error("SIGHUP: the certificates are kept as they were: %s", error)
         return False
     _log.info("SIGHUP: the certificates were loaded again")

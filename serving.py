@@ -21,7 +21,7 @@ from gevent.event import Event
 from gevent.pool import Pool
 from gevent.server import StreamServer
 
-from certificates import Certificates
+from certificates import CertificateError, Certificates
 from connection import Connection, Linger, Turn
 from counter import Counter
 from group_commit import GroupCommit
@@ -48,6 +48,9 @@ from values import Seconds
 
 # Deadlines are found overdue this late at most; short deadlines are swept more often.
 SWEEP_S: Final = 0.25
+
+# Between attempts to take certificates that are known to be good.
+RELOAD_RETRY_S: Final = 0.5
 
 # After running out of descriptors or memory, accepting pauses so long instead of spinning.
 ACCEPT_PAUSE_S: Final = 0.1
@@ -245,6 +248,19 @@ class CounterServer(StreamServer):
 
         assert self._certificates is not None
         self.tls_context = server_context(self._certificates.snapshot())
+
+    def take_certificates(self) -> None:
+        """The same, in a greenlet that tries until it can.
+
+        They are known to be good: only descriptors or memory can be missing, and all processes
+        shall have the same certificates.
+        """
+        while True:
+            try:
+                return self.load_certificates()
+            except (CertificateError, OSError) as error:
+                self.limited_log.warning("reload", "cannot take the certificates yet: %s", error)
+                gevent.sleep(RELOAD_RETRY_S)
 
     def drain(self, timeout_s: float, cut: Event) -> None:
         """Stops: counts and answers what every socket holds now, then closes with FIN.

@@ -10,10 +10,17 @@ from __future__ import annotations
 import os
 import ssl
 from contextlib import suppress
-from typing import IO
+from typing import IO, Final
 
 from certificates import CertificateError, Snapshot
 from settings import ClientSettings
+
+RECORD_HEADER: Final = 5
+# What OpenSSL says of files that are something else, or not whole.
+NO_PEM: Final = ("no start line", "bad end line", "pem lib", "not enough data", "empty")
+ENCRYPTED: Final = (
+    "the key is encrypted; store it without a passphrase, readable by this user alone"
+)
 
 
 class TlsError(Exception):
@@ -23,7 +30,7 @@ class TlsError(Exception):
 class Session:
     """One end of a TLS connection. `handshaken` once application bytes may pass."""
 
-    __slots__ = ("_incoming", "_outgoing", "_tls", "ended", "handshaken")
+    __slots__ = ("_head", "_incoming", "_left", "_outgoing", "_tls", "ended", "handshaken")
 
     def __init__(self, context: ssl.SSLContext, server_name: str | None = None) -> None:
         """A server's end, or a client's with the name of the server it means."""
@@ -36,13 +43,19 @@ class Session:
         )
         self.handshaken = False
         self.ended = False  # the peer said that it sends no more
+        self._head = b""  # of a record whose length is not known yet
+        self._left = 0  # bytes that are missing of a record
 
     def start(self) -> None:
         """Begins the handshake; a client has something to send then."""
         self.receive(b"")
 
     def receive(self, data: bytes) -> bytes:
-        """The application's bytes in what came from the peer; TlsError if it is refused."""
+        """The application's bytes in what came from the peer; TlsError if it is refused.
+
+        Nothing can be answered then, so what came before in the same bytes is not given back.
+        """
+        self._follow(data)
         self._incoming.write(data)
         parts = []
         try:
@@ -59,6 +72,19 @@ class Session:
         except ssl.SSLError as error:
             raise TlsError(reason(error)) from None
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def is_within_record(self) -> bool:
+        """Whether the peer has begun a record that it has not sent to its end."""
+        return bool(self._head or self._left)
+
+    def _follow(self, data: bytes) -> None:
+        """Notes where records end: a header of five bytes has the length of what follows it."""
+        data, self._head, end = self._head + data, b"", self._left
+        while len(data) - end >= RECORD_HEADER:
+            end += RECORD_HEADER + int.from_bytes(data[end + 3 : end + RECORD_HEADER])
+        if end <= len(data):
+            self._head = data[end:]
+        self._left = max(0, end - len(data))
 
     def encrypt(self, data: bytes) -> bytes:
         """What to send to the peer for these bytes of the application."""
@@ -91,13 +117,10 @@ def server_context(snapshot: Snapshot) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # The ssl module takes files alone.
     with _memory_file(snapshot.cert) as cert, _memory_file(snapshot.key) as key:
-        try:
-            # The ssl module takes files alone. Without a password OpenSSL would ask the terminal.
-            context.load_cert_chain(_path(cert), _path(key), password=lambda: "")
-        except (ssl.SSLError, ValueError) as error:
-            files = f"--tlsCert {snapshot.cert_file} with --tlsKey {snapshot.key_file}"
-            raise CertificateError(f"{files}: {_explained(_text(error))}") from None
+        files = f"--tlsCert {snapshot.cert_file} with --tlsKey {snapshot.key_file}"
+        _load_chain(context, _path(cert), _path(key), files)
     if snapshot.ca_file:
         try:
             context.load_verify_locations(cadata=snapshot.ca)
@@ -120,12 +143,23 @@ def client_context(settings: ClientSettings) -> ssl.SSLContext:
         raise CertificateError(f"--tlsCA {ca}: {_explained(_text(error))}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if cert:
-        try:
-            context.load_cert_chain(cert, key, password=lambda: "")
-        except (OSError, ValueError) as error:
-            text = f"--tlsCert {cert} with --tlsKey {key or cert}: {_explained(_text(error))}"
-            raise CertificateError(text) from None
+        _load_chain(context, cert, key, f"--tlsCert {cert} with --tlsKey {key or cert}")
     return context
+
+
+def _load_chain(context: ssl.SSLContext, cert: str, key: str | None, files: str) -> None:
+    """Has a context take a certificate and its key; CertificateError names them by `files`."""
+    asked = []
+
+    def passphrase() -> str:  # without this OpenSSL would ask the terminal
+        asked.append(True)
+        return ""
+
+    try:
+        context.load_cert_chain(cert, key, password=passphrase)
+    except (OSError, ValueError) as error:
+        text = ENCRYPTED if asked else _explained(_text(error))
+        raise CertificateError(f"{files}: {text}") from None
 
 
 def _text(error: OSError | ValueError) -> str:
@@ -138,9 +172,7 @@ def _explained(text: str) -> str:
     """The commonest words of OpenSSL, with what they mean here."""
     if "key values mismatch" in text:
         return "the key belongs to another certificate"
-    if "bad decrypt" in text or "password" in text:
-        return "the key is encrypted; store it without a passphrase, readable by this user alone"
-    if "no start line" in text or "pem lib" in text or "not enough data" in text:
+    if any(words in text for words in NO_PEM):
         return f"it is no PEM file of the kind that is needed ({text})"
     return text
 

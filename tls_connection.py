@@ -59,12 +59,26 @@ class TlsConnection(Connection):
             return
         if answer := session.outgoing():
             self.transmit(answer)
-        if session.handshaken and not before:
-            self.server.incomplete.pop(self, None)
+        if not session.handshaken:
+            return
+        incomplete = self.server.incomplete
+        started_at = None
+        if not self.rest and (frames or not before or not session.is_within_record()):
+            # Of the handshake, or of a record that is whole now.
+            started_at = incomplete.pop(self, None)
         if frames:
             self.decode(frames)
-        if session.ended and not self.ending:
+            if started_at is not None and before and len(self.rest) == len(frames):
+                incomplete[self] = started_at
+        if self.ending:
+            return
+        if session.ended:
+            # What came before is answered while the socket is there.
+            self.server.turn.commit()
             super().take(b"")
+        elif session.is_within_record():
+            # A frame begins with the record that holds it.
+            incomplete.setdefault(self, time.monotonic())
 
     def send(self, replies: bytes) -> None:
         """Encrypts replies and hands them to the kernel; what it does not take is in `unsent`."""
@@ -72,10 +86,12 @@ class TlsConnection(Connection):
 
     def overdue(self) -> str:
         """What the frame deadline has ended, for the log."""
-        return super().overdue() if self.session.handshaken else "no TLS handshake in time"
+        if not self.session.handshaken:
+            return "no TLS handshake in time"
+        return super().overdue() if self.rest else "a TLS record stopped"
 
     def release(self) -> None:
         """Says that nothing more comes, where the peer may still read it."""
-        if self.lingers and not self.unsent:
+        if (self.lingers or self.session.ended) and not self.unsent:
             self.transmit(self.session.farewell())
         super().release()
