@@ -1,7 +1,7 @@
 # make demo   serve and load for ten seconds, and show both results
 # make test   lint, types and all tests
 # make bench  this server beside its rivals, in alternating rounds; writes docs/benchmarks.md
-# make chaos  the long form of the tests that kill processes under load
+# make chaos  the long form of the tests that kill processes under load, and of the proofs
 # make clean  forget the virtual environment
 
 PYTHON ?= python3
@@ -28,7 +28,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/compare.py
 
 chaos: $(VENV)/dev.stamp
-	LONG=1 $(BIN)/python -m pytest -s -k killing
+	LONG=1 $(BIN)/python -m pytest -s -k "killing or test_proof"
 
 clean:
 	rm -rf $(VENV)
