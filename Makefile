@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DURATION ?= 10s
-CHAOS ?= killing or durability or test_hostile or test_fuzz
+CHAOS ?= killing or durability or test_hostile or test_fuzz or test_proof
 
 .PHONY: demo test lint types bench chaos clean
 

@@ -19,6 +19,7 @@ import random
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -187,10 +188,14 @@ class LoadConnection:
             if count < len(batch):
                 batch, later = split_batch(batch, count)
                 self.in_flight.appendleft((due_ns, sent_ns, later))
-            self.check(data[at : at + count * REPLY_SIZE], batch)
-            self.process.count(due_ns, sent_ns, now, batch)
+            self.settle(due_ns, sent_ns, now, batch, data[at : at + count * REPLY_SIZE])
             at += count * REPLY_SIZE
         self.process.refill(self, whole // REPLY_SIZE)
+
+    def settle(self, due_ns: int, sent_ns: int, now: int, batch: Batch, replies: bytes) -> None:
+        """Checks and counts the replies to a batch, read at `now`."""
+        self.check(replies, batch)
+        self.process.count(due_ns, sent_ns, now, batch)
 
     def check(self, replies: bytes, batch: Batch) -> None:
         """Finds out whether each total is at least its amount above the one before.
@@ -243,11 +248,13 @@ class LoadConnection:
 class LoadProcess:
     """One process's connections, from the first connect to the last reply."""
 
-    def __init__(self, share: Share) -> None:
+    def __init__(
+        self, share: Share, make: Callable[[LoadProcess], LoadConnection] = LoadConnection
+    ) -> None:
         self.loop = gevent.get_hub().loop
         self.share = share
         self.result = Result(connections=share.connections)
-        self.connections = [LoadConnection(self) for _ in range(share.connections)]
+        self.connections = [make(self) for _ in range(share.connections)]
         self.sending = False
         self.measure_from_ns = 0
         self.stopped_ns = 0

@@ -14,6 +14,7 @@ from typing import Any, Final
 from protocol import TOTAL_MASK
 from result import CHECKABLE_SUM, PROCESS_DIED, Histogram, Result
 from settings import ClientSettings
+from verify import IMPOSSIBLE, Proof
 
 # Grows when a name or a meaning changes; new names alone leave it.
 JSON_VERSION: Final = 1
@@ -75,9 +76,12 @@ def judge(result: Result) -> Verdict:
 def exit_code(result: Result) -> int:
     """The client's exit code after a run: the first of 4, 5 and 130 that applies, or 0.
 
+    A run that is proved impossible has wrong totals, even where they sum to what was sent.
+
     An interrupt alone makes no error and no unknown outcome: what is outstanding is waited for.
     """
-    if judge(result).word == "wrong":
+    impossible = result.proof is not None and result.proof.word == IMPOSSIBLE
+    if judge(result).word == "wrong" or impossible:
         return EXIT_WRONG_TOTALS
     if result.errors or result.unknown:
         return EXIT_ERRORS
@@ -148,6 +152,9 @@ def lines(result: Result) -> list[str]:
         ("total", f"{_total(result.total_before)} before, {_total(result.total_after)} after"),
         ("check", f"{verdict.word}: {verdict.reason}"),
     ]
+    if result.proof:
+        rows.append(("verify", str(result.proof)))
+        rows += [("", line) for line in result.proof.evidence]
     if "timeout" in result.errors:
         rows.append(("note", "no reply in time: has the server fewer workers than connections?"))
     if result.behind:
@@ -190,10 +197,18 @@ def as_json(result: Result, settings: ClientSettings) -> str:
             "total_before": _text(result.total_before),
             "total_after": _text(result.total_after),
             "check": {"verdict": verdict.word, "reason": verdict.reason},
+            "verify": _proof(result.proof),
             "client_cpu_share": result.cpu_share,
         },
         indent=2,
     )
+
+
+def _proof(proof: Proof | None) -> dict[str, Any] | None:
+    """The proof of a run; None where none was asked for."""
+    if proof is None:
+        return None
+    return {"verdict": proof.word, "reason": proof.reason, "evidence": list(proof.evidence)}
 
 
 def _times_ns(latency: Histogram) -> dict[str, float] | None:

@@ -10,7 +10,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from verify import Proof
 
 # Totals are modulo 2^64: a rise can be told from a fall while everything sent sums below this.
 CHECKABLE_SUM: Final = 2**63
@@ -114,11 +117,12 @@ class Result:
     interrupted: bool = False
     asked_rate: float = 0.0  # open loop: requests a second that were to be sent
     behind: int = 0  # open loop: due when the run ended, and not sent
+    proof: Proof | None = None  # of the whole run, where one was asked for
 
     def merge(self, other: Result) -> None:
         """Adds what another process of the same run did.
 
-        Totals, `processes` and `interrupted` are the run's own, set by whoever merges.
+        Totals, `processes`, `interrupted` and `proof` are the run's own, set by whoever merges.
         """
         for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(other, name))

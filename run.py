@@ -14,16 +14,19 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection as PipeEnd
 from multiprocessing.connection import Pipe, wait
+from tempfile import gettempdir
 from types import FrameType
 from typing import Any, Final
 
 from load import LoadProcess, Share, SocketAddress
 from machine import whole_share
+from record import Record, history
 from result import PROCESS_DIED, Result, merged
 from settings import ClientSettings
+from verify import UNDECIDED, Proof, verify
 
 PROGRESS_S: Final = 0.5
 LONG_S: Final = 3600.0  # no wait has to last longer, and the kernel's cannot be infinite
@@ -42,16 +45,51 @@ def run_load(
 
     Calls `progress` with the seconds since the start and the measured part so far, about twice a
     second. OSError if the first connection cannot be made. SIGINT or SIGTERM ends the run early:
-    the result says `interrupted`; a second one raises KeyboardInterrupt.
+    the result says `interrupted`; a second one raises KeyboardInterrupt, or ends the proof if it
+    has begun.
     """
     addresses = resolve(settings.server_address.host, settings.server_address.port)
     shares = split(settings, cpus, addresses)
-    with _Interrupts() as interrupts:
-        run = _Run(shares, interrupts)
+    records = []
+    if settings.verify != "off":
+        amounts = settings.amount
+        amount = amounts.low if amounts.low == amounts.high else None
         try:
-            return run.supervise(progress)
+            records = [Record(amount) for _ in shares]
+        except OSError as error:
+            remedy = "set TMPDIR to a folder that can be written"
+            raise CannotRecord(f"--verify cannot record: {error.strerror}; {remedy}") from None
+    with _Interrupts() as interrupts:
+        run = _Run(shares, interrupts, records)
+        try:
+            result = run.supervise(progress)
         finally:
             run.kill()
+    if records:
+        # Only now, because NumPy starts threads, and a process with threads does not fork.
+        result.proof = prove(result, records, settings.verify == "shared")
+    return result
+
+
+def prove(result: Result, records: Sequence[Record], shared: bool) -> Proof:
+    """The verdict on what was recorded of a run; closes the records."""
+    try:
+        whole = history(records, result.total_before, result.total_after)
+        reads = (result.total_before is not None) + (result.total_after is not None)
+        unrecorded = result.answered - reads - len(whole.total)
+        missing = ""
+        if PROCESS_DIED in result.errors:
+            missing = f"{PROCESS_DIED}, and what it had not written is missing"
+        elif unrecorded:
+            missing = f"{unrecorded:,} answered additions could not be written to {gettempdir()}"
+        return verify(whole, shared, missing)
+    except KeyboardInterrupt:
+        return Proof(UNDECIDED, "interrupted before the end of the proof")
+    except MemoryError:
+        return Proof(UNDECIDED, f"not enough memory for {result.answered:,} additions")
+    finally:
+        for record in records:
+            record.close()
 
 
 def split(
@@ -86,11 +124,18 @@ class LoadProcessDied(Exception):
     """A process of the run ended before its load began; what it printed says why."""
 
 
+class CannotRecord(LoadProcessDied):
+    """There is no place for the record that a proof needs, so no process began."""
+
+
 class _Run:
     """The parent's side: the processes of a run, and what they sent so far."""
 
-    def __init__(self, shares: list[Share], interrupts: _Interrupts) -> None:
+    def __init__(
+        self, shares: list[Share], interrupts: _Interrupts, records: Sequence[Record]
+    ) -> None:
         self.shares = shares
+        self.records = records
         self.interrupts = interrupts
         self.pids: dict[PipeEnd, int] = {}
         self.results: dict[PipeEnd, Result] = {}  # of every process: so far, in the end whole
@@ -136,7 +181,9 @@ class _Run:
                     pipe.close()
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                _run_process(share, theirs, index=len(self.pids))
+                index = len(self.pids)
+                record = self.records[index] if self.records else None
+                _run_process(share, theirs, index, record)
         theirs.close()
         self.pids[ours] = pid
         return ours
@@ -191,11 +238,11 @@ class _Run:
             os.waitpid(pid, 0)
 
 
-def _run_process(share: Share, pipe: PipeEnd, index: int) -> None:
+def _run_process(share: Share, pipe: PipeEnd, index: int, record: Record | None) -> None:
     """The life of a load process; does not return."""
     code = 1
     try:
-        process = LoadProcess(share)
+        process = LoadProcess(share, record.connection) if record else LoadProcess(share)
         orders = _Orders(process, pipe)
         if index == 0:
             try:
@@ -211,6 +258,8 @@ def _run_process(share: Share, pipe: PipeEnd, index: int) -> None:
         process.run()
         orders.stop_reporting()
         process.close()
+        if record:
+            record.write()
         pipe.send(("loaded", process.result))
         orders.finish.wait()
         if index == 0:

@@ -38,6 +38,7 @@ from values import (
     parse_choice,
     parse_host,
     parse_port,
+    parse_proof,
     parse_rate,
     parse_seconds,
     parse_server_address,
@@ -58,10 +59,12 @@ def option(
     parse: Callable[[str], Any] = str,
     metavar: str = "N",
     shown_default: str = "",
+    bare: Any = None,
 ) -> Any:
     """Declares one option of a settings record; `parse` turns its text into its value.
 
-    `shown_default` is what help says where the default is not a constant.
+    `shown_default` is what help says where the default is not a constant; `bare` is the value of
+    the flag alone, where it may stand without one.
     """
     return field(
         default=default,
@@ -72,6 +75,7 @@ def option(
             "parse": parse,
             "metavar": metavar,
             "shown_default": shown_default or ("" if default in (None, False) else str(default)),
+            "bare": True if default is False else bare,
         },
     )
 
@@ -372,6 +376,15 @@ class ClientSettings:
         "write the result as JSON; - is standard output, and the table goes to standard error",
         metavar="FILE",
     )
+    verify: str = option(
+        "--verify",
+        _REPORT,
+        "record every addition and prove the run exact; shared says that other clients add too",
+        default="off",
+        parse=parse_proof,
+        metavar="alone|shared|off",
+        bare="alone",
+    )
     log_level: str = option(
         "--logLevel",
         _RUN,
@@ -407,6 +420,7 @@ _EPILOGS: Final = {
   python client.py                                  load 127.0.0.1:8080 for one minute
   python client.py --serverAddress :9000 --duration 10s --connections 400
   python client.py --pipeline 16 --amount 1-1000 --json result.json
+  python client.py --duration 10s --verify          prove that every total was right
   python client.py --add 5                          add 5, print the total
   python client.py --read                           print the total
 """,
@@ -532,7 +546,7 @@ def _make_parser(record: type[S], program: str, description: str, prefix: str) -
         kebab = re.sub(r"([A-Z]+)", r"-\1", meta["flag"]).lower()
         names = [meta["flag"]] if kebab == meta["flag"] else [meta["flag"], kebab]
         shown = f" (default: {meta['shown_default']})" if meta["shown_default"] else ""
-        switch = {"nargs": "?", "const": True} if declared.default is False else {}
+        switch = {} if meta["bare"] is None else {"nargs": "?", "const": meta["bare"]}
         group.add_argument(
             *names,
             dest=declared.name,

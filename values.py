@@ -215,6 +215,12 @@ def parse_switch(text: str) -> bool:
     return parse_choice(*_ON, *_OFF)(text) in _ON
 
 
+def parse_proof(text: str) -> str:
+    """`alone`, `shared` or `off`; a switch's words for on and off are `alone` and `off`."""
+    word = parse_choice("alone", "shared", "off", *_ON, *_OFF)(text)
+    return {**dict.fromkeys(_ON, "alone"), **dict.fromkeys(_OFF, "off")}.get(word, word)
+
+
 def masked(text: str) -> str:
     """The text with the password of every URL in it, before its host or in its query, as `***`.
 

@@ -19,6 +19,7 @@ from report import (
 from result import CHECKABLE_SUM, Histogram, Result
 from settings import ClientSettings
 from values import Address, Amounts, Seconds
+from verify import Proof
 
 TOP = 2**64
 HALF = CHECKABLE_SUM
@@ -270,6 +271,42 @@ def test_the_json_report_has_every_setting_as_it_is_written() -> None:
     assert written["server_address"] == "[::1]:80"
     assert written["amount"] == "1-9"
     assert (written["duration_s"], written["read"], written["requests"]) == (90.0, True, None)
+
+
+# The proof
+
+
+def test_a_proof_is_a_row_with_its_evidence_below() -> None:
+    result = make_result()
+    result.proof = Proof("impossible", "two from one total", ("the first", "the second"))
+    assert lines(result)[-4:] == [
+        "  verify    impossible: two from one total",
+        "            the first",
+        "            the second",
+        "  note      no reply in time: has the server fewer workers than connections?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "code"), [("proved", 0), ("explained", 0), ("undecided", 0), ("impossible", 4)]
+)
+def test_only_an_impossible_run_changes_the_exit_code(word: str, code: int) -> None:
+    result = run_of(0, 10, 10)
+    result.proof = Proof(word, "because")
+    assert exit_code(result) == code
+    result.count_error("reset")
+    assert exit_code(result) == (code or 5)
+
+
+def test_a_proof_is_in_the_json_report_and_null_where_none_was_asked_for() -> None:
+    result = make_result()
+    assert json.loads(as_json(result, ClientSettings()))["verify"] is None
+    result.proof = Proof("impossible", "because", ("this", "that"))
+    assert json.loads(as_json(result, ClientSettings()))["verify"] == {
+        "verdict": "impossible",
+        "reason": "because",
+        "evidence": ["this", "that"],
+    }
 
 
 # Times

@@ -58,6 +58,7 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "add": ("5", 5, "6"),
     "read": ("true", True, "false"),
     "json": ("-", "-", "result.json"),
+    "verify": ("shared", "shared", "alone"),
 }
 
 
@@ -391,6 +392,29 @@ def test_what_is_no_amount_is_refused(
     text: str, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert why in read_refusal(capsys, ClientSettings, [f"--amount={text}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--verify"], "alone"),
+        (["--verify", "alone"], "alone"),
+        (["--verify=alone"], "alone"),
+        (["--verify", "shared"], "shared"),
+        (["--verify", "--json", "-"], "alone"),
+        (["--verify=off"], "off"),
+        (["--verify", "true"], "alone"),
+        (["--verify", "no"], "off"),
+        ([], "off"),
+    ],
+)
+def test_a_proof_is_asked_for_alone_or_beside_others(arguments: list[str], word: str) -> None:
+    assert read_client(*arguments).verify == word
+
+
+def test_a_proof_can_be_asked_for_in_the_environment() -> None:
+    assert read_client(COUNTER_CLIENT_VERIFY="shared").verify == "shared"
+    assert read_client(COUNTER_CLIENT_VERIFY="true").verify == "alone"
 
 
 @pytest.mark.parametrize(
