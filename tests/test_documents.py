@@ -1,0 +1,172 @@
+"""The documents' command lines, each of which is run here, or is known to be run elsewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from certificates_kit import kit
+from harness import ROOT, Command, ServerCommand
+from redis_server import RedisServer
+from settings import ClientSettings, ServerSettings
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Commands that this suite does not run as they stand, and what does or why not.
+ELSEWHERE = {
+    "make": ".ci/run calls make test; the others are run by hand before a release",
+    "docker": "needs a container engine",
+    "pip": "make installs the same files",
+    "cp": "writes where units of the system are",
+    "systemctl": "needs systemd; tests/test_deploy.py checks the unit",
+    "python benchmarks/compare.py": "make bench",
+    ".venv/bin/python": "benchmarks, run by hand",
+}
+
+
+def commands() -> list[str]:
+    """Every line of every block that is marked as a shell's, comments and line ends resolved."""
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.M | re.S):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [re.split(r"\s+#\s", line)[0].strip() for line in lines if line.strip()]
+    return sorted(set(found))
+
+
+def words(command: str) -> tuple[dict[str, str], list[str]]:
+    """The variables that stand before a command, and its words."""
+    variables = {}
+    parts = shlex.split(command)
+    while parts and re.match(r"[A-Z_]+=", parts[0]):
+        name, _, value = parts.pop(0).partition("=")
+        variables[name] = value
+    return variables, parts
+
+
+ALL = commands()
+SERVERS = [c for c in ALL if words(c)[1][:2] == ["python", "server.py"]]
+CLIENTS = [c for c in ALL if words(c)[1][:2] == ["python", "client.py"]]
+SQLITE = [c for c in ALL if words(c)[1][:1] == ["sqlite3"]]
+BASH = [c for c in ALL if "/dev/tcp/" in c or "<&3" in c or ">&3" in c]
+
+
+def test_every_command_of_the_documents_is_run_here_or_said_to_be_run_elsewhere() -> None:
+    assert len(SERVERS) > 5
+    assert len(CLIENTS) > 3
+    for command in set(ALL) - {*SERVERS, *CLIENTS, *SQLITE, *BASH}:
+        assert any(command.startswith(known) for known in ELSEWHERE), command
+
+
+@pytest.mark.parametrize("command", SERVERS)
+def test_a_server_command_of_the_documents_serves(command: str, tmp_path: Path) -> None:
+    variables, (_, _, *arguments) = words(command)
+    files = {
+        "server.pem": kit().server.cert,
+        "server.key": kit().server.key,
+        "clients.pem": kit().ca.cert,
+    }
+    arguments = [str(files.get(word, word)) for word in arguments]
+    arguments = [word.replace("sqlite:", f"sqlite:{tmp_path}/") for word in arguments]
+    with RedisServer() as redis:
+
+        def here(text: str) -> str:
+            """A URL of the documents, with the server of this test in the place of its host."""
+            address = redis.url().removeprefix("redis://").partition("/")[0]
+            text = text.replace("rediss://", "redis://").replace("?ssl_ca_certs=ca.pem", "")
+            return re.sub(r"redis://[^/]*", f"redis://{address}", text)
+
+        arguments = [here(word) if word.startswith("redis") else word for word in arguments]
+        for name, value in variables.items():
+            arguments += ["--store", here(value)] if name.endswith("STORE") else []
+        if "--adminPort" in arguments:
+            arguments += ["--adminPort", "0"]
+        with ServerCommand(*arguments) as server:  # which adds --port 0
+            server.stop()
+
+
+@pytest.mark.parametrize("command", CLIENTS)
+def test_a_client_command_of_the_documents_runs(command: str, tmp_path: Path) -> None:
+    _, (_, _, *arguments) = words(command)
+    files = {"ca.pem": kit().ca.cert, "me.pem": kit().client.cert, "me.key": kit().client.key}
+    tls = ["--tlsClientCA", str(kit().ca.cert)] if "--tlsCA" in arguments else []
+    flags = [*kit().server.server_flags(), *tls] if tls else []
+    with ServerCommand(*flags) as server:
+        address = server.address.replace("127.0.0.1", "localhost") if tls else server.address
+        arguments = [str(files.get(word, word)) for word in arguments]
+        arguments = [
+            str(tmp_path / word) if re.search(r"\.(json|html|hgrm)$", word) else word
+            for word in arguments
+        ]
+        # The last of an option counts: the documents' runs of a minute are short ones here.
+        once = {"--add", "--read"} & set(arguments)
+        short = [] if once else ["--duration", "200ms", "--warmup", "0", "--connections", "4"]
+        with Command("client.py", *arguments, "--serverAddress", address, *short) as client:
+            output = client.output()
+            assert client.finish() in (0, 99), client.errors()  # 99: a threshold of the example
+            assert output
+        server.stop()
+
+
+@pytest.mark.parametrize("command", SQLITE)
+def test_an_sqlite_command_of_the_documents_reads_the_total(command: str, tmp_path: Path) -> None:
+    if shutil.which("sqlite3") is None:
+        pytest.skip("sqlite3 is not installed")
+    with ServerCommand("--store", f"sqlite:{tmp_path}/counter.db") as server:
+        with server.connect() as peer:
+            peer.add(123)
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        if "SELECT" in command:
+            assert done.stdout == "123\n"
+        server.stop()
+
+
+def test_a_shell_without_any_client_can_add() -> None:
+    """docs/protocol.md's lines, in their order."""
+    document = (ROOT / "docs/protocol.md").read_text()
+    (block,) = [b for b in re.findall(r"^```sh\n(.*?)^```", document, re.M | re.S) if "/tcp/" in b]
+    with ServerCommand() as server:
+        script = block.replace("127.0.0.1/8080", server.address.replace(":", "/"))
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0, done.stderr
+        assert "00 00 00 00 00 00 00 0a" in done.stdout
+        server.signal(signal.SIGTERM)
+        server.farewell()
+
+
+@pytest.mark.parametrize("program", ["server.py", "client.py"])
+def test_the_examples_in_the_help_are_ones_that_the_program_takes(program: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    (examples,) = re.findall(r"examples:\n(.*?)(?:\n\n|\Z)", shown, re.S)
+    lines = [line for line in examples.splitlines() if f"python {program}" in line]
+    assert len(lines) >= 3
+    for line in lines:
+        command = re.split(r"\s{2,}", line.strip())[0]
+        variables, (_, _, *arguments) = words(command)
+        done = subprocess.run(
+            [sys.executable, program, *arguments, "--printConfig"],
+            cwd=ROOT,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, (command, done.stderr)
+
+
+def test_readme_names_every_option() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for record in (ServerSettings, ClientSettings):
+        for option in fields(record):
+            assert f"`{option.metadata['flag']}`" in readme, option.metadata["flag"]
