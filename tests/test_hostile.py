@@ -462,14 +462,14 @@ def test_a_link_that_goes_down_and_comes_back_costs_time_and_no_addition(
     machines: TwoMachines, timeout_s: int
 ) -> None:
     """Longer than the outage, the timeout loses nothing; shorter, what is unknown is said so."""
-    outage_s = 2.5
+    outage_s = 2.0
     with machines.run(
         machines.server, "server.py", "--host", machines.host, "--port", "0"
     ) as server:
         address = server.line().split()[2]
         with machines.run(
             *(machines.client, "client.py", "--serverAddress", address, "--json", "-"),
-            *("--duration", "8s", "--warmup", "0s", "--connections", "20", "--amount", "1"),
+            *("--duration", "6s", "--warmup", "0s", "--connections", "20", "--amount", "1"),
             *("--timeout", f"{timeout_s}s"),
         ) as client:
             wait_until(partial(has_total, machines, address), "the load has begun")

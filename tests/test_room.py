@@ -28,19 +28,19 @@ def room(
     )
 
 
-@pytest.mark.parametrize("processes", [0, 1, 2])
+@pytest.mark.parametrize("processes", [0, 2])
 def test_idle_connections_keep_their_workers_while_nobody_waits(processes: int) -> None:
     with room(workers=4, processes=processes, idle="200ms") as server:
         with peers(server.address, 4) as idle:
             for peer in idle:
                 peer.add(1)
-            idle[0].expect_silence(1.0)
+            idle[0].expect_silence(0.7)
             assert [peer.add(0) for peer in idle] == [4] * 4
         assert server.stop()[0] == 4
         assert IDLE not in server.errors()
 
 
-@pytest.mark.parametrize("processes", [0, 1, 2])
+@pytest.mark.parametrize("processes", [0, 2])
 def test_idle_connections_keep_their_workers_while_one_is_free(processes: int) -> None:
     with room(workers=4, processes=processes, idle="200ms") as server:
         with peers(server.address, 3) as idle:
@@ -174,7 +174,7 @@ def test_twice_as_many_idle_connections_as_workers_keep_nobody_out(
             if speaks_first:
                 for peer in attack:
                     peer.send(ONE)
-            for _ in range(3):
+            for _ in range(2):
                 started = time.monotonic()
                 with server.connect() as good:
                     good.add(1)
