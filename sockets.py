@@ -18,6 +18,10 @@ KEEPALIVE_IDLE_S: Final = 30
 KEEPALIVE_INTERVAL_S: Final = 5
 KEEPALIVE_PROBES: Final = 3
 
+# What the kernel keeps of replies for a peer that does not read them. Left to itself it goes up to
+# 4 MB for each; what a client may leave unread by docs/protocol.md is 32 KB.
+SEND_BUFFER_BYTES: Final = 128 * 1024
+
 # Of struct tcp_info: a listener's tcpi_unacked is its queue's length; a connection's
 # tcpi_last_data_recv the milliseconds since its last byte came, or since it was made.
 _UNACKED = struct.Struct("24xI")
@@ -44,6 +48,7 @@ def listen(host: str, port: int, backlog: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(address)
         listener.listen(backlog)
     except OSError as error:

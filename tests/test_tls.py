@@ -194,17 +194,18 @@ def memory_mb(pid: int) -> float:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-@pytest.mark.parametrize("sent", [ONE * 2, b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 200])
-def test_plain_text_to_a_tls_port_is_refused_logged_and_disturbs_nobody(sent: bytes) -> None:
-    with tls_server() as server, TlsPeer(server.address) as good, Peer(server.address) as plain:
+def test_plain_text_to_a_tls_port_is_refused_logged_and_disturbs_nobody() -> None:
+    with tls_server() as server, TlsPeer(server.address) as good:
         assert good.add(1) == 1
-        plain.send(sent)
-        answer = plain.everything()
-        assert answer == b"" or answer[0] == 21, "nothing but an alert before EOF"
+        for total, sent in enumerate([ONE * 2, b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 200], 2):
+            with Peer(server.address) as plain:
+                plain.send(sent)
+                answer = plain.everything()
+                assert answer == b"" or answer[0] == 21, "nothing but an alert before EOF"
+                assert good.add(1) == total
         line = server.error_line_with("a peer was refused")
-        assert re.search(r"127\.0\.0\.1:\d+: (wrong version number|http request|.*\w)", line)
-        assert good.add(1) == 2
-        assert server.stop() == (2, 2)
+        assert re.search(r"127\.0\.0\.1:\d+: wrong version number", line)
+        assert server.stop() == (4, 4)
 
 
 def test_a_handshake_that_never_ends_is_closed_after_the_frame_timeout() -> None:
