@@ -36,7 +36,6 @@ from protocol import (
 if TYPE_CHECKING:
     import ssl
 
-    from result import Result
     from settings import ClientSettings
 
 __all__ = [
@@ -353,48 +352,30 @@ def _tls_context(settings: ClientSettings) -> ssl.SSLContext | None:
 
 
 def _load(settings: ClientSettings) -> int:
+    import outputs
     import report
     from machine import available_cpus, raise_descriptor_limit
+    from progress import ProgressBar
     from run import LoadProcessDied, run_load
+    from thresholds import hold
 
-    if settings.json and settings.json != "-":
-        try:
-            open(settings.json, "a").close()
-        except OSError as error:
-            return _fail(
-                f"--json {settings.json}: {error.strerror}; choose another file", EXIT_USAGE
-            )
+    try:
+        outputs.check(settings)
+    except outputs.OutputError as error:
+        return _fail(str(error), EXIT_USAGE)
     _tls_context(settings)  # a file that cannot be used is found before anything is started
     raise_descriptor_limit()
-    show = sys.stderr.isatty()
-
-    def progress(elapsed_s: float, so_far: Result) -> None:
-        if show:
-            sys.stderr.write(f"\r\x1b[K{report.progress_line(elapsed_s, so_far, settings)}")
-            sys.stderr.flush()
-
-    address = settings.server_address
+    address, cpus = settings.server_address, available_cpus()
     try:
-        result = run_load(settings, available_cpus(), progress)
+        with ProgressBar(settings, sys.stderr) as bar:
+            result = run_load(settings, cpus, bar.update)
     except (OSError, UnicodeError) as error:
         return _fail(explain(error, address.host, address.port), EXIT_CANNOT_CONNECT)
     except LoadProcessDied as error:
         return _fail(str(error), EXIT_CANNOT_CONNECT)
-    finally:
-        if show:
-            sys.stderr.write("\r\x1b[K")
-    table = sys.stderr if settings.json == "-" else sys.stdout
-    code = _say("\n".join(report.lines(result)), table, report.exit_code(result))
-    text = report.as_json(result, settings)
-    if settings.json == "-":
-        return _say(text, sys.stdout, code)
-    if settings.json:
-        try:
-            with open(settings.json, "w") as file:
-                file.write(text + "\n")
-        except OSError as error:
-            return _fail(f"--json {settings.json}: {error.strerror}", EXIT_ERRORS)
-    return code
+    outcomes = hold(result, settings.threshold)
+    code = report.exit_code(result, outcomes)
+    return outputs.write(result, settings, outcomes, cpus, code)
 
 
 def _say(text: str, stream: TextIO, code: int) -> int:

@@ -32,6 +32,7 @@ from pace import Pace
 from protocol import REPLY_SIZE, TOTAL_MASK, Batch, UniformBatch, decode_totals, encode_frame
 from result import CHECKABLE_SUM, WRONG_KEPT, Result
 from settings import ClientSettings
+from timeline import Recorder
 from tls import Session, TlsError, client_context
 
 clock: Final = time.monotonic_ns
@@ -367,6 +368,11 @@ class LoadProcess:
         self.sending = True
         sweeper = self.loop.timer(SWEEP_S, SWEEP_S)
         sweeper.start(self._sweep)
+        recorder = Recorder(
+            self.result.latencies.counts, self.measure_from_ns, self.share.duration_s
+        )
+        recording = self.loop.timer(settings.warmup_s + recorder.interval_s, recorder.interval_s)
+        recording.start(lambda: recorder.tick(clock()))
         measuring = self.loop.timer(settings.warmup_s)
         measuring.start(self._note_cpu)
         ending = self.loop.timer(settings.warmup_s + (self.share.duration_s or 0))
@@ -377,8 +383,9 @@ class LoadProcess:
                 self.refill(connection, settings.pipeline)
         self.done.wait()
         gevent.spawn(self._join_outstanding).join()
-        for timer in (sweeper, measuring, ending):
+        for timer in (sweeper, recording, measuring, ending):
             timer.close()
+        self.result.timeline = recorder.finish(self.last_reply_ns)
         if self._pace:
             self.result.behind = self._pace.behind(self.stopped_ns)
             self._pace.close()

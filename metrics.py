@@ -34,8 +34,8 @@ from slots import (
     WORKERS,
 )
 from status import Status
+from version import VERSION
 
-VERSION: Final = "1.0"
 EXACT: Final = 1 << 53
 
 

@@ -1,27 +1,33 @@
 """A Result as lines and as JSON: compute -> lines -> sink.
 
-Nothing here measures or connects. The verdict is the one place where a Result is judged, and every
-form of the report and the exit code are made from it.
+Nothing here measures, connects or writes. The verdict is the one place where a Result is judged,
+and every form of the report and the exit code are made from it.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from protocol import TOTAL_MASK
 from result import CHECKABLE_SUM, PROCESS_DIED, Histogram, Result
 from settings import ClientSettings
 from verify import IMPOSSIBLE, Proof
 
+if TYPE_CHECKING:
+    from thresholds import Outcome
+
 # Grows when a name or a meaning changes; new names alone leave it.
 JSON_VERSION: Final = 1
 
 EXIT_WRONG_TOTALS: Final = 4
 EXIT_ERRORS: Final = 5
+EXIT_THRESHOLD: Final = 99
 EXIT_INTERRUPTED: Final = 130
+_BY_WEIGHT: Final = (EXIT_WRONG_TOTALS, EXIT_ERRORS, EXIT_THRESHOLD, EXIT_INTERRUPTED, 0)
 
 # Above this share of one core, a load process delays its own requests.
 SATURATED: Final = 0.9
@@ -73,8 +79,8 @@ def judge(result: Result) -> Verdict:
     )
 
 
-def exit_code(result: Result) -> int:
-    """The client's exit code after a run: the first of 4, 5 and 130 that applies, or 0.
+def exit_code(result: Result, outcomes: Sequence[Outcome] = ()) -> int:
+    """The client's exit code after a run: the first of 4, 5, 99 and 130 that applies, or 0.
 
     A run that is proved impossible has wrong totals, even where they sum to what was sent.
 
@@ -85,7 +91,14 @@ def exit_code(result: Result) -> int:
         return EXIT_WRONG_TOTALS
     if result.errors or result.unknown:
         return EXIT_ERRORS
+    if not all(outcome.ok for outcome in outcomes):
+        return EXIT_THRESHOLD
     return EXIT_INTERRUPTED if result.interrupted else 0
+
+
+def first_of(*codes: int) -> int:
+    """The exit code that says the most: the first of 4, 5, 99, 130 and 0 among these."""
+    return min(codes, key=_BY_WEIGHT.index)
 
 
 def format_ns(time_ns: float) -> str:
@@ -129,7 +142,7 @@ def _times(latency: Histogram) -> str:
     )
 
 
-def lines(result: Result) -> list[str]:
+def lines(result: Result, outcomes: Sequence[Outcome] = ()) -> list[str]:
     """The closing table."""
     verdict = judge(result)
     errors = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(result.errors.items()))
@@ -151,6 +164,7 @@ def lines(result: Result) -> list[str]:
         ("errors", (errors or "none") + unknown),
         ("total", f"{_total(result.total_before)} before, {_total(result.total_after)} after"),
         ("check", f"{verdict.word}: {verdict.reason}"),
+        *(("threshold", str(outcome)) for outcome in outcomes),
     ]
     if result.proof:
         rows.append(("verify", str(result.proof)))
@@ -166,8 +180,8 @@ def lines(result: Result) -> list[str]:
     return [f"{ending} after {format_s(result.elapsed_s)}.", "", *table]
 
 
-def as_json(result: Result, settings: ClientSettings) -> str:
-    """The report for programs. Names with a unit say it; README.md explains the others.
+def as_json(result: Result, settings: ClientSettings, outcomes: Sequence[Outcome] = ()) -> str:
+    """The report for programs; docs/result.schema.json describes it.
 
     Totals and sums are text, because many JSON readers end at 2^53.
     """
@@ -199,6 +213,8 @@ def as_json(result: Result, settings: ClientSettings) -> str:
             "check": {"verdict": verdict.word, "reason": verdict.reason},
             "verify": _proof(result.proof),
             "client_cpu_share": result.cpu_share,
+            "thresholds": [_outcome(outcome) for outcome in outcomes],
+            "timeline": _course(result),
         },
         indent=2,
     )
@@ -219,19 +235,30 @@ def _times_ns(latency: Histogram) -> dict[str, float] | None:
     return {"mean": latency.mean_ns(), **percentiles, "max": latency.max_ns}
 
 
-def progress_line(elapsed_s: float, result: Result, settings: ClientSettings) -> str:
-    """One line that says how far a run is."""
-    p99 = format_ns(result.latencies.percentile_ns(99))
-    measured_s = max(elapsed_s - settings.warmup_s, 0.001)
-    if elapsed_s < settings.warmup_s:
-        return f"warming up, {settings.warmup_s - elapsed_s:.1f} s left"
-    done = len(result.latencies)
-    left = []
-    if settings.requests is not None:
-        left.append(f"{max(0, settings.requests - done):,} requests left")
-    if settings.duration_s is not None or settings.requests is None:
-        left.append(f"{max(0.0, (settings.duration_s or 60.0) - measured_s):.0f} s left")
-    return f"{' or '.join(left)}, {done / measured_s:,.0f} requests a second, p99 {p99}"
+def _outcome(outcome: Outcome) -> dict[str, Any]:
+    """A threshold; a value in nanoseconds for a latency, a share of 1 where the limit is in %."""
+    text, value = str(outcome.threshold), outcome.value
+    return {"threshold": text, "ok": outcome.ok, "value": value}
+
+
+def _course(result: Result) -> dict[str, Any]:
+    from curves import moments
+
+    return {
+        "interval_s": result.timeline.interval_s,
+        "intervals": [
+            {
+                "start_s": round(moment.start_s, 3),
+                "seconds": moment.seconds,
+                "requests": moment.requests,
+                "requests_per_s": moment.rate,
+                "latency_ns": None
+                if moment.max_ns is None
+                else {"p50": moment.p50_ns, "p99": moment.p99_ns, "max": moment.max_ns},
+            }
+            for moment in moments(result)
+        ],
+    }
 
 
 def _total(total: int | None) -> str:

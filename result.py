@@ -7,13 +7,15 @@ never percentiles.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from verify import Proof
+
+from timeline import Timeline
 
 # Totals are modulo 2^64: a rise can be told from a fall while everything sent sums below this.
 CHECKABLE_SUM: Final = 2**63
@@ -76,6 +78,29 @@ class Histogram:
                 return min(self._upper_ns(index), self.max_ns)
         return self.max_ns  # of the last bucket; 0 without records
 
+    @classmethod
+    def of(cls, counts: Mapping[int, int], longest_ns: int) -> Histogram:
+        """A histogram of these buckets, of a run in which nothing took longer than that.
+
+        It knows counts and percentiles; its mean is that of the buckets' upper ends.
+        """
+        histogram = cls()
+        for index, count in counts.items():
+            upper_ns = min(histogram._upper_ns(index), longest_ns)
+            if index == len(histogram.counts) - 1:
+                upper_ns = longest_ns
+            histogram.counts[index] += count
+            histogram.sum_ns += upper_ns * count
+            histogram.max_ns = max(histogram.max_ns, upper_ns)
+        return histogram
+
+    def buckets(self) -> Iterator[tuple[int, int]]:
+        """The longest time of each bucket that has records, and how many it has; rising."""
+        for index, count in enumerate(self.counts):
+            if count:
+                is_last = index == len(self.counts) - 1
+                yield self.max_ns if is_last else min(self._upper_ns(index), self.max_ns), count
+
     def _upper_ns(self, index: int) -> int:
         shift = max(0, (index >> self.BITS) - 1)
         return ((index - (shift << self.BITS) + 1) << shift) - 1
@@ -118,6 +143,7 @@ class Result:
     asked_rate: float = 0.0  # open loop: requests a second that were to be sent
     behind: int = 0  # open loop: due when the run ended, and not sent
     proof: Proof | None = None  # of the whole run, where one was asked for
+    timeline: Timeline = field(default_factory=Timeline)  # empty of a process that died
 
     def merge(self, other: Result) -> None:
         """Adds what another process of the same run did.
@@ -129,6 +155,7 @@ class Result:
         self.elapsed_s = max(self.elapsed_s, other.elapsed_s)
         self.latencies.merge(other.latencies)
         self.raw_latencies.merge(other.raw_latencies)
+        self.timeline.merge(other.timeline)
         for kind, count in other.errors.items():
             self.errors[kind] = self.errors.get(kind, 0) + count
         self.wrong += other.wrong

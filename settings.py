@@ -33,6 +33,7 @@ from values import (
     Amounts,
     Seconds,
     StoreAddress,
+    Thresholds,
     masked,
     parse_amounts,
     parse_choice,
@@ -44,6 +45,7 @@ from values import (
     parse_server_address,
     parse_store,
     parse_switch,
+    parse_thresholds,
     parse_whole,
 )
 
@@ -385,6 +387,27 @@ class ClientSettings:
         metavar="alone|shared|off",
         bare="alone",
     )
+    html: str | None = option(
+        "--html",
+        _REPORT,
+        "write one page with charts of rate and latency, which needs nothing else to be looked at",
+        metavar="FILE",
+    )
+    hgrm: str | None = option(
+        "--hgrm",
+        _REPORT,
+        "write the percentiles in milliseconds as HdrHistogram does, for its plotter",
+        metavar="FILE",
+    )
+    threshold: Thresholds = option(
+        "--threshold",
+        _REPORT,
+        "what the run has to keep to, or the exit code is 99: p99<5ms, rps>50000, errors<0.1%, "
+        "also mean, max and any percentile; repeatable, or with commas",
+        default=Thresholds(),
+        parse=parse_thresholds,
+        metavar="LIMIT",
+    )
     log_level: str = option(
         "--logLevel",
         _RUN,
@@ -421,12 +444,28 @@ _EPILOGS: Final = {
   python client.py --serverAddress :9000 --duration 10s --connections 400
   python client.py --pipeline 16 --amount 1-1000 --json result.json
   python client.py --duration 10s --verify          prove that every total was right
+  python client.py --html run.html --threshold 'p99<5ms' --threshold 'rps>50000'
   python client.py --add 5                          add 5, print the total
   python client.py --read                           print the total
 """,
 }
 
 _ARGUMENTS: Final = "command line"
+
+
+class _Collect(argparse.Action):
+    """An option that may be given several times: what each says is put behind the last."""
+
+    def __call__(
+        self,
+        _parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        _name: str | None = None,
+    ) -> None:
+        so_far = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, type(so_far)((*so_far, *values)))
+
 
 S = TypeVar("S", ServerSettings, ClientSettings)
 
@@ -546,7 +585,11 @@ def _make_parser(record: type[S], program: str, description: str, prefix: str) -
         kebab = re.sub(r"([A-Z]+)", r"-\1", meta["flag"]).lower()
         names = [meta["flag"]] if kebab == meta["flag"] else [meta["flag"], kebab]
         shown = f" (default: {meta['shown_default']})" if meta["shown_default"] else ""
-        switch = {} if meta["bare"] is None else {"nargs": "?", "const": meta["bare"]}
+        extra: dict[str, Any] = {}
+        if meta["bare"] is not None:
+            extra = {"nargs": "?", "const": meta["bare"]}
+        elif isinstance(declared.default, tuple):
+            extra = {"action": _Collect}
         group.add_argument(
             *names,
             dest=declared.name,
@@ -555,7 +598,7 @@ def _make_parser(record: type[S], program: str, description: str, prefix: str) -
             metavar=meta["metavar"],
             help=(meta["description"] + shown).replace("%", "%%"),
             env_var=prefix + kebab.lstrip("-").replace("-", "_").upper(),
-            **switch,
+            **extra,
         )
     running = groups[_RUN]
     running.add_argument(
@@ -582,7 +625,7 @@ def _config_lines(parser: _Parser, settings: ServerSettings | ClientSettings) ->
     for declared in fields(settings):
         key, value = declared.metadata["flag"].lstrip("-"), getattr(settings, declared.name)
         origin = origins.get(declared.name, "default")
-        if value is None:
+        if value is None or value == ():
             lines.append(f"# {key} is not set  # {origin}")
         else:
             text = str(value).lower() if isinstance(value, bool) else _quoted(masked(str(value)))

@@ -19,6 +19,12 @@ from protocol import MAX_AMOUNT, AddressError, format_address, parse_address
 _DURATION: Final = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*(ms|s|m|h|)")
 _MILLISECONDS: Final = {"ms": 1, "s": 1000, "": 1000, "m": 60_000, "h": 3_600_000}
 
+_THRESHOLD: Final = re.compile(
+    r"(rps|rate|errors|mean|max|p[0-9]{1,2}(?:\.[0-9]{1,6})?)(<=?|>=?)"
+    r"([0-9]{1,18}(?:\.[0-9]{1,9})?)(ns|us|µs|ms|s|m|%|)"
+)
+_NANOSECONDS: Final = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10**9, "m": 6 * 10**10}
+
 # A year: the kernel's clocks take it, and whoever writes more has mistaken the unit.
 LONGEST_S: Final = 365 * 24 * 3600
 
@@ -37,6 +43,29 @@ class Amounts:
 
     def __str__(self) -> str:
         return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What a run has to keep to: `p99<5ms`. Times in nanoseconds, shares of 1 in `errors<0.1%`."""
+
+    text: str
+    measure: str  # rps, errors, mean, max or a percentile: p99.9
+    sign: str  # < <= > >=
+    limit: Decimal
+    is_share: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Thresholds(tuple[Threshold, ...]):
+    """Several thresholds; they print as they are read, with commas between them."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self))
 
 
 @dataclass(frozen=True)
@@ -153,6 +182,32 @@ def parse_amounts(text: str) -> Amounts:
     if amounts.low > amounts.high:
         raise argparse.ArgumentTypeError(f"{text!r}: the lower bound is above the upper one")
     return amounts
+
+
+def parse_thresholds(text: str) -> Thresholds:
+    """One threshold, or several with commas between them; `p99<5ms,rps>50000`. Empty is none."""
+    return Thresholds(_parse_threshold(part.strip()) for part in text.split(",") if text.strip())
+
+
+def _parse_threshold(written: str) -> Threshold:
+    text = re.sub(r"\s", "", written.lower())
+    match = _THRESHOLD.fullmatch(text)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a threshold; write p99<5ms, mean<200us, max<1s, rps>50000, "
+            "errors<=10 or errors<0.1%"
+        )
+    measure, sign, number, unit = match.groups()
+    if measure in ("rps", "rate", "errors"):
+        if unit not in (("", "%") if measure == "errors" else ("",)):
+            raise argparse.ArgumentTypeError(f"threshold {text!r}: {measure} has no unit {unit!r}")
+        measure = "errors" if measure == "errors" else "rps"
+        share = unit == "%"
+        limit = Decimal(number) / 100 if share else Decimal(number)
+        return Threshold(text, measure, sign, limit, share)
+    if unit not in _NANOSECONDS:
+        raise argparse.ArgumentTypeError(f"threshold {text!r}: write the unit, ns, us, ms, s or m")
+    return Threshold(text, measure, sign, Decimal(number) * _NANOSECONDS[unit])
 
 
 def parse_store(text: str) -> StoreAddress:

@@ -309,11 +309,13 @@ def test_the_address_can_come_from_the_environment() -> None:
 
 def test_a_terminal_shows_progress_and_a_pipe_does_not() -> None:
     with ServerCommand() as server:
-        script = f"{sys.executable} client.py --serverAddress {server.address} --duration 1500ms"
+        words = f"client.py --serverAddress {server.address} --duration 1500ms"
+        script = f"TERM=xterm {sys.executable} {words}"
         shown = subprocess.run(
             ["script", "-qec", script, "/dev/null"], cwd=ROOT, capture_output=True, check=True
         ).stdout.decode()
-        assert "requests a second, p99" in shown
+        assert re.search(r"%  \d s left .*\d requests a second, p99 \d", shown)
+        assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is shown again"
         with client(server.address, "--duration", "1500ms") as command:
             assert command.finish() == 0
             assert command.errors() == ""

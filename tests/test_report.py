@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 
 import pytest
+from jsonschema import Draft202012Validator
 
+from harness import ROOT
 from report import (
     as_json,
     exit_code,
+    first_of,
     format_ns,
     format_s,
     judge,
     lines,
-    progress_line,
     rate,
 )
 from result import CHECKABLE_SUM, Histogram, Result
 from settings import ClientSettings
-from values import Address, Amounts, Seconds
+from thresholds import hold
+from timeline import Interval, Timeline
+from values import Address, Amounts, Seconds, parse_thresholds
 from verify import Proof
 
 TOP = 2**64
@@ -135,6 +139,31 @@ def test_the_exit_code_is_the_first_that_applies(
     assert exit_code(result) == code
 
 
+@pytest.mark.parametrize(
+    ("total_after", "unknown", "interrupted", "code"),
+    [(10, 0, False, 99), (10, 0, True, 99), (10, 1, False, 5), (9, 0, False, 4), (9, 1, True, 4)],
+)
+def test_a_breached_threshold_is_exit_99_unless_something_worse_happened(
+    total_after: int, unknown: int, interrupted: bool, code: int
+) -> None:
+    result = run_of(0, total_after, 10)
+    result.unknown, result.interrupted = unknown, interrupted
+    breached = hold(result, parse_thresholds("errors<=100,p99<5ms"))
+    assert exit_code(result, breached) == code
+
+
+def test_thresholds_that_hold_change_no_exit_code() -> None:
+    result = run_of(0, 10, 10)
+    assert exit_code(result, hold(result, parse_thresholds("errors<1"))) == 0
+    result.interrupted = True
+    assert exit_code(result, hold(result, parse_thresholds("errors<1"))) == 130
+
+
+def test_of_several_exit_codes_the_first_that_applies_is_taken() -> None:
+    assert first_of(5, 4) == first_of(4, 5) == 4
+    assert (first_of(99, 5), first_of(130, 5), first_of(0, 5), first_of(0, 130)) == (5, 5, 5, 130)
+
+
 # The table
 
 
@@ -184,6 +213,16 @@ def test_the_table_has_every_row() -> None:
         "  total     1,000,000 before, 1,061,002 after",
         "  check     ok: 1 more than answered, within the 1 unknown",
         "  note      no reply in time: has the server fewer workers than connections?",
+    ]
+
+
+def test_each_threshold_is_a_row_of_the_table() -> None:
+    result = make_result()
+    rows = lines(result, hold(result, parse_thresholds("p99<5ms,max<=2ms,rps>999")))
+    assert rows[10:13] == [
+        "  threshold p99<5ms  ok: 1 ms",
+        "  threshold max<=2ms  BREACHED: 20 ms",
+        "  threshold rps>999  ok: 1,000",
     ]
 
 
@@ -309,6 +348,59 @@ def test_a_proof_is_in_the_json_report_and_null_where_none_was_asked_for() -> No
     }
 
 
+SCHEMA = json.loads((ROOT / "docs" / "result.schema.json").read_text())
+
+
+def test_the_schema_is_one() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("result", [Result(), make_result(), run_of(0, TOP - 1, TOP + 5, 3)])
+def test_the_json_report_is_of_its_schema(result: Result) -> None:
+    settings = ClientSettings(threshold=parse_thresholds("p99<5ms,errors<1%"))
+    report = json.loads(as_json(result, settings, hold(result, settings.threshold)))
+    Draft202012Validator(SCHEMA).validate(report)
+    assert set(report) == set(SCHEMA["properties"]), "the schema has every name, and no other"
+
+
+def test_the_json_report_has_thresholds_and_what_was_measured() -> None:
+    settings = ClientSettings(threshold=parse_thresholds("max<5ms,errors<50%"))
+    result = make_result()
+    report = json.loads(as_json(result, settings, hold(result, settings.threshold)))
+    assert report["settings"]["threshold"] == "max<5ms,errors<50%"
+    assert report["thresholds"] == [
+        {"threshold": "max<5ms", "ok": False, "value": 20_000_000},
+        {"threshold": "errors<50%", "ok": True, "value": 1002 / 62_004},
+    ]
+
+
+def test_the_json_report_has_the_course_of_the_run() -> None:
+    result = make_result()
+    slow = Histogram()
+    slow.record(20_000_000)
+    counts = {index: count for index, count in enumerate(slow.counts) if count}
+    result.timeline = Timeline(0, 0.5, [Interval(0.5, {}), Interval(0.25, counts)])
+    assert json.loads(as_json(result, ClientSettings()))["timeline"] == {
+        "interval_s": 0.5,
+        "intervals": [
+            {
+                "start_s": 0.0,
+                "seconds": 0.5,
+                "requests": 0,
+                "requests_per_s": 0.0,
+                "latency_ns": None,
+            },
+            {
+                "start_s": 0.5,
+                "seconds": 0.25,
+                "requests": 1,
+                "requests_per_s": 4.0,
+                "latency_ns": {"p50": 20_000_000, "p99": 20_000_000, "max": 20_000_000},
+            },
+        ],
+    }
+
+
 # Times
 
 
@@ -347,34 +439,3 @@ def test_a_time_has_three_digits_and_a_unit(time_ns: float, text: str) -> None:
 )
 def test_seconds_are_given_to_a_tenth(seconds: float, text: str) -> None:
     assert format_s(seconds) == text
-
-
-# Progress
-
-
-@pytest.mark.parametrize(
-    ("elapsed_s", "settings", "beginning"),
-    [
-        (0.0, ClientSettings(warmup_s=1.0), "warming up, 1.0 s left"),
-        (0.7, ClientSettings(warmup_s=1.0), "warming up, 0.3 s left"),
-        (11.0, ClientSettings(warmup_s=1.0), "50 s left, "),
-        (11.0, ClientSettings(warmup_s=1.0, duration_s=20.0), "10 s left, "),
-        (99.0, ClientSettings(warmup_s=1.0, duration_s=20.0), "0 s left, "),
-        (11.0, ClientSettings(warmup_s=1.0, requests=100_000), "40,000 requests left, "),
-        (11.0, ClientSettings(warmup_s=1.0, requests=10), "0 requests left, "),
-        (
-            11.0,
-            ClientSettings(warmup_s=1.0, requests=100_000, duration_s=20.0),
-            "40,000 requests left or 10 s left, ",
-        ),
-    ],
-)
-def test_progress_says_how_much_is_left(
-    elapsed_s: float, settings: ClientSettings, beginning: str
-) -> None:
-    assert progress_line(elapsed_s, make_result(), settings).startswith(beginning)
-
-
-def test_progress_has_the_rate_and_the_latency_of_the_measured_part() -> None:
-    line = progress_line(11.0, make_result(), ClientSettings(warmup_s=1.0))
-    assert line == "50 s left, 6,000 requests a second, p99 1 ms"

@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from settings import ClientSettings, ServerSettings, read_settings
-from values import LONGEST_S, Address, Amounts, Seconds, StoreAddress, masked, parse_seconds
+from values import (
+    LONGEST_S,
+    Address,
+    Amounts,
+    Seconds,
+    StoreAddress,
+    masked,
+    parse_seconds,
+    parse_thresholds,
+)
 
 PROPERTY = settings(deadline=None, derandomize=True)
 
@@ -59,10 +68,16 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "read": ("true", True, "false"),
     "json": ("-", "-", "result.json"),
     "verify": ("shared", "shared", "alone"),
+    "html": ("run.html", "run.html", "other.html"),
+    "hgrm": ("run.hgrm", "run.hgrm", "other.hgrm"),
+    "threshold": ("p99<5ms,rps>=50000", parse_thresholds("p99<5ms,rps>=50000"), "max<1s"),
 }
 
 
-ANY_TEXT = ("host", "admin_host", "json", "tls_cert", "tls_key", "tls_client_ca", "tls_ca")
+ANY_TEXT = (
+    *("host", "admin_host", "json", "html", "hgrm"),
+    *("tls_cert", "tls_key", "tls_client_ca", "tls_ca"),
+)
 
 
 class Option(NamedTuple):
@@ -248,6 +263,22 @@ def test_the_last_of_several_equal_flags_counts() -> None:
     assert read_server("--port", "1", "--port", "2").port == 2
 
 
+def test_thresholds_of_several_flags_and_commas_all_count(tmp_path: Path) -> None:
+    wanted = parse_thresholds("p99<5ms,rps>100,errors<=3")
+    assert (
+        read_client("--threshold", "p99<5ms,rps>100", "--threshold=errors<=3").threshold == wanted
+    )
+    assert read_client(COUNTER_CLIENT_THRESHOLD="p99<5ms, rps>100 ,errors<=3").threshold == wanted
+    path = write_config(tmp_path, 'threshold = "p99<5ms, rps>100, errors<=3"')
+    assert read_client("--config", path).threshold == wanted
+
+
+def test_thresholds_of_the_command_line_replace_those_of_the_environment() -> None:
+    settings = read_client("--threshold", "max<1s", COUNTER_CLIENT_THRESHOLD="p99<5ms")
+    assert settings.threshold == parse_thresholds("max<1s")
+    assert read_client("--threshold=", COUNTER_CLIENT_THRESHOLD="p99<5ms").threshold == ()
+
+
 def test_variables_of_others_are_left_alone() -> None:
     assert read_server(
         PORT="1", COUNTER_CLIENT_MULTIPLIER="2", COUNTER_SERVER_SERVICE_HOST="x"
@@ -392,6 +423,11 @@ def test_what_is_no_amount_is_refused(
     text: str, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert why in read_refusal(capsys, ClientSettings, [f"--amount={text}"])
+
+
+def test_what_is_no_threshold_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    line = read_refusal(capsys, ClientSettings, ["--threshold", "p99<5ms", "--threshold", "p99<5"])
+    assert "argument --threshold: threshold 'p99<5': write the unit" in line
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""The bar on a terminal while a run lasts: how far it is, its rate and its p99.
+
+What it says is a pure function of the result so far; rich draws it, and is imported only where
+there is a terminal. Its own refreshing, a thread, stays off: the parent forks, and has no thread.
+The bar is drawn when results come, twice a second, and is gone afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+from report import format_ns
+from result import Result
+from settings import ClientSettings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is: the share that is done, what is left, and how it goes."""
+
+    share: float
+    left: str
+    pace: str
+
+
+def standing(elapsed_s: float, so_far: Result, settings: ClientSettings) -> Standing:
+    """Where a run stands `elapsed_s` after its start; of two bounds the nearer one counts."""
+    duration_s = settings.duration_s
+    if duration_s is None and settings.requests is None:
+        duration_s = 60.0
+    if elapsed_s < settings.warmup_s:
+        whole_s = None if duration_s is None else settings.warmup_s + duration_s
+        return Standing(0.0, format_left(whole_s, elapsed_s), "warming up")
+    measured_s = max(elapsed_s - settings.warmup_s, 0.001)
+    done = len(so_far.latencies)
+    ends: list[tuple[float, float | None]] = []  # share done and seconds in all, by each bound
+    if duration_s is not None:
+        ends.append((measured_s / duration_s, duration_s))
+    if settings.requests is not None and done:
+        share = done / settings.requests
+        ends.append((share, measured_s / share))
+    share, whole_s = max(ends, default=(0.0, None))
+    left = format_left(whole_s, measured_s)
+    p99 = format_ns(so_far.latencies.percentile_ns(99))
+    pace = f"{done / measured_s:,.0f} requests a second, p99 {p99}"
+    return Standing(min(1.0, share), left, pace)
+
+
+def format_left(whole_s: float | None, elapsed_s: float) -> str:
+    """What is left of some time: 59 s, 1:05, 2:00:00, or ? where nobody knows."""
+    if whole_s is None:
+        return "?"
+    left_s = max(0, round(whole_s - elapsed_s))
+    if left_s < 60:
+        return f"{left_s} s"
+    minutes, hours = left_s // 60 % 60, left_s // 3600
+    return f"{hours}:{minutes:02}:{left_s % 60:02}" if hours else f"{minutes}:{left_s % 60:02}"
+
+
+class ProgressBar:
+    """Shows where a run stands, if the stream is a terminal; a context that leaves it clean."""
+
+    def __init__(self, settings: ClientSettings, stream: TextIO) -> None:
+        self._settings = settings
+        self._stream = stream
+        self._shown = stream.isatty()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def update(self, elapsed_s: float, so_far: Result) -> None:
+        """Draws the bar anew."""
+        if not self._shown:
+            return
+        try:
+            bar, task = self._started()
+        except ImportError:  # a run goes on without its bar
+            self._shown = False
+            return
+        now = standing(elapsed_s, so_far, self._settings)
+        bar.update(task, completed=now.share, left=now.left, pace=now.pace)
+        bar.refresh()
+
+    def _started(self) -> tuple[Progress, TaskID]:
+        if self._bar is not None and self._task is not None:
+            return self._bar, self._task
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        console = Console(file=self._stream, highlight=False)
+        self._bar = Progress(
+            BarColumn(24),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[left]} left", markup=False),
+            TextColumn("{task.fields[pace]}", markup=False),
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._bar.add_task("", total=1.0, left="", pace="")
+        self._bar.start()
+        # A client that is killed cannot give the terminal its cursor back.
+        console.show_cursor(True)
+        return self._bar, self._task
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
