@@ -7,24 +7,58 @@ port changes anything. gevent's HTTP server is meant for trusted networks, and s
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 from typing import Any, Final
 
 import gevent
+from gevent.pool import Pool
 from gevent.pywsgi import WSGIServer
 
+from log import LimitedLog
 from metrics import scrape
 from status import Status
 
 SAMPLE_S: Final = 1.0
 PAGE: Final = Path(__file__).with_name("admin_page.html")
 
+# What this port takes at most, in connections and in time for each read.
+MOST_CONNECTIONS: Final = 100
+REQUEST_TIMEOUT_S: Final = 10.0
+ACCEPT_PAUSE_S: Final = 0.1
+
+_limited_log = LimitedLog(logging.getLogger("server"))
+
 Answer = tuple[str, str, bytes]  # status line, content type, body
 _TEXT: Final = "text/plain; charset=utf-8"
 _JSON: Final = "application/json"
+
+
+class _Server(WSGIServer):
+    """gevent's, with a bound on time and a calm word where descriptors have run out."""
+
+    def do_read(self) -> Any:
+        try:
+            return super().do_read()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            _limited_log.warning("admin", "the admin port cannot accept: %s", error.strerror)
+            self.stop_accepting()
+            gevent.spawn_later(ACCEPT_PAUSE_S, self._resume)
+            return None
+
+    def handle(self, sock: Any, address: Any) -> None:
+        sock.settimeout(REQUEST_TIMEOUT_S)
+        super().handle(sock, address)
+
+    def _resume(self) -> None:
+        if self.started:
+            self.start_accepting()
 
 
 class Admin:
@@ -33,7 +67,9 @@ class Admin:
     def __init__(self, listener: Any, status: Status) -> None:
         self.status = status
         self._page = PAGE.read_text(encoding="utf-8")
-        self._server = WSGIServer(listener, self._serve, log=None, error_log=None)
+        self._server = _Server(
+            listener, self._serve, log=None, error_log=None, spawn=Pool(MOST_CONNECTIONS)
+        )
         self._answers: dict[str, Callable[[], Answer]] = {
             "/livez": lambda: ("200 OK", _TEXT, b"ok\n"),
             "/readyz": self._readyz,

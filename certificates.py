@@ -72,6 +72,9 @@ class Certificates:
 
 
 def _read(flag: str, name: str) -> str:
+    if os.path.exists(name) and not os.path.isfile(name):
+        # Reading a pipe could wait for ever, and it has its content once.
+        raise CertificateError(f"{flag} {name}: it is not a regular file")
     try:
         with open(name, "rb") as file:
             data = file.read()

@@ -275,10 +275,10 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             else:
                 self.start()
 
-    def idle_for_s(self) -> float:
-        """Seconds since the peer's last byte; 0 while anything is under way."""
+    def idle_for_s(self) -> float | None:
+        """Seconds since the peer's last byte; None while anything is under way."""
         if not self.watcher.active or self.owed or unread_bytes(self.sock):
-            return 0.0
+            return None
         return silent_for_s(self.sock)
 
     def release(self) -> None:

@@ -193,9 +193,10 @@ class GroupCommit:
         self._busy = False
         error = self._error
         if error is None:
-            self._measure()
+            took_s = self._measure()
             self._failures = 0
-            if self._away:
+            # One that always takes so long is not away and back with every commit.
+            if self._away and took_s < SILENT_S:
                 self._away = False
                 self._on_back()
             if self._store.losses > self._losses:
@@ -216,12 +217,14 @@ class GroupCommit:
             self._store.close()
             self._try_again(str(error))
 
-    def _measure(self) -> None:
-        now = time.monotonic()
-        self._ended_at = now
+    def _measure(self) -> float:
+        """Seconds that the call took, which are counted if it was a commit."""
+        now = self._ended_at = time.monotonic()
         took_s = now - self._started_at
-        self._slot[COMMITS + bisect_left(COMMIT_BOUNDS_S, took_s)] += 1
-        self._slot[COMMIT_US] += int(took_s * 1e6)
+        if self._under_way:
+            self._slot[COMMITS + bisect_left(COMMIT_BOUNDS_S, took_s)] += 1
+            self._slot[COMMIT_US] += int(took_s * 1e6)
+        return took_s
 
     def _succeed(self, before: int | None) -> None:
         under_way, self._under_way = self._under_way, []

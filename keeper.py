@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Final
 
 from counter import Counter, MemoryCounter, make_shared_counter
-from prefork import ChildError, ask_child
+from prefork import ChildError, Stopped, ask_child
 from settings import ServerSettings
 from slots import Slots
 from stores import Found, Store, StoreAway, StoreError, open_store
@@ -87,9 +87,9 @@ class StoreKeeper(Keeper):
         """What the store holds now; where it is away, the last total that it told this server."""
         try:
             if self._forks:
-                return int(ask_child(lambda: str(self._read()), LAST_READING_S))
+                return self._read_aside()
             return self._read()
-        except (ChildError, StoreAway) as error:
+        except (ChildError, StoreAway, Stopped) as error:
             told = slots.last_total()
             _log.warning(
                 "store %s cannot be read at the end (%s): what follows is the last total it told",
@@ -100,7 +100,21 @@ class StoreKeeper(Keeper):
 
     def _read(self) -> int:
         with closing(self.open()) as store:
-            return store.total()
+            return store.read()
+
+    def _read_aside(self) -> int:
+        """The same by a helping process, so that a store that hangs is given up in time."""
+
+        def read() -> str:
+            try:
+                return str(self._read())
+            except StoreAway as error:
+                return f"away {error}"
+
+        answer = ask_child(read, LAST_READING_S)
+        if not answer.isdigit():
+            raise StoreAway(answer.removeprefix("away "))
+        return int(answer)
 
 
 def make_keeper(settings: ServerSettings, processes: int) -> Keeper:

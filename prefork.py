@@ -50,6 +50,26 @@ class CannotBoot(Exception):
     """No process can serve, and trying again would not help."""
 
 
+class Stopped(BaseException):
+    """A signal asks the program to end, at a time when nothing is served."""
+
+    def __str__(self) -> str:
+        return "a signal ended the wait"
+
+
+def stop_on_signals() -> None:
+    """Has SIGTERM and SIGINT raise Stopped, and SIGHUP and SIGUSR1 do nothing: for the times before
+    and after the program serves. As the first process of a container it would otherwise not end."""
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        raise Stopped
+
+    for number in _STOP_SIGNALS:
+        signal.signal(number, on_signal)
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class ChildError(Exception):
     """A helping process gave no answer."""
 
@@ -61,7 +81,8 @@ class Master:
     at once, and gives back the exit code of its process; EXIT_CANNOT_BOOT says that it
     cannot start and has said why. `on_death(index)` is called in the master after each death,
     `on_reload()` after SIGHUP; if it is true, every process gets SIGHUP. `on_dump()` after SIGUSR1,
-    which every process gets then.
+    which every process gets then. The last `aside` places serve something else: that they are
+    ready says nothing of whether the server can serve.
     """
 
     def __init__(
@@ -72,8 +93,11 @@ class Master:
         on_death: Callable[[int], None],
         on_reload: Callable[[], bool] = lambda: False,
         on_dump: Callable[[], None] = lambda: None,
+        aside: int = 0,
     ) -> None:
         self._count = count
+        self._serving = count - aside
+        self._has_announced = False
         self._serve = serve
         self._drain_timeout_s = drain_timeout_s
         self._on_death = on_death
@@ -106,6 +130,8 @@ class Master:
             self._until_ready()
             if not self._stop_signals:
                 on_ready()
+                self._has_announced = True
+                self._obey()
             while not self._stop_signals:
                 self._wait(self._seconds_to_retry())
                 self._fork_missing()
@@ -141,7 +167,7 @@ class Master:
         self._obey()
         ready = {index for index in range(self._count) if self._ready[index]}
         for index in ready - self._were_ready:
-            self._has_served = True
+            self._has_served = self._has_served or index < self._serving
             self._failures.pop(index, None)
         self._were_ready = ready
 
@@ -151,7 +177,8 @@ class Master:
             self._must_dump = False
             self._on_dump()
             self._tell(signal.SIGUSR1)
-        if self._must_reload and not self._stop_signals:
+        # Before all are ready nobody is told that they are, which a reload does at its end.
+        if self._must_reload and self._has_announced and not self._stop_signals:
             self._must_reload = False
             if self._on_reload():
                 self._tell(signal.SIGHUP)
@@ -183,18 +210,20 @@ class Master:
                     self._note_death(index, pid, os.waitstatus_to_exitcode(status), was_ready)
 
     def _note_death(self, index: int, pid: int, code: int, was_ready: bool) -> None:
+        name = "serving process" if index < self._serving else "admin process"
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if was_ready:
-            self._has_served = True
-            _log.warning("serving process %d %s and is replaced", pid, how)
+            self._has_served = self._has_served or index < self._serving
+            _log.warning("%s %d %s and is replaced", name, pid, how)
             return
         failures = self._failures[index] = self._failures.get(index, 0) + 1
         # Once any process has served, the total is worth more than giving up: it is tried for ever.
         if not self._has_served and (code == EXIT_CANNOT_BOOT or failures >= ATTEMPTS):
-            raise CannotBoot(f"serving process {pid} {how} before it was ready")
+            raise CannotBoot(f"{name} {pid} {how} before it was ready")
         delay_s = min(LAST_DELAY_S, FIRST_DELAY_S * 2 ** min(failures - 1, 10))
         _log.warning(
-            "serving process %d %s before it was ready; another is tried in %.1f s",
+            "%s %d %s before it was ready; another is tried in %.1f s",
+            name,
             pid,
             how,
             delay_s,

@@ -90,7 +90,6 @@ class RedisStore(Store):
             socket_timeout=REPLY_TIMEOUT_S,
             socket_connect_timeout=REPLY_TIMEOUT_S,
             socket_keepalive=True,
-            client_name="counter",
             driver_info=None,
         )
         self._connection: Any = pool.connection_class(**pool.connection_kwargs)
@@ -110,7 +109,7 @@ class RedisStore(Store):
                 )
             if before is None or set_total is not None:
                 self._write_value(set_total or 0, before)
-            total = self.probe()
+            total = self.read()
             return Found(total, is_new, self._survives(), tuple(self._warnings()))
         except (RedisError, OSError, StoreAway, StoreError) as error:
             raise StoreError(f"cannot use {where}: {_said(error)}") from None
@@ -139,7 +138,7 @@ class RedisStore(Store):
         except ResponseError as error:
             raise InDoubt(_said(error)) from None
 
-    def probe(self) -> int:
+    def read(self) -> int:
         self._connect()
         try:
             value = self._read_value()
@@ -152,6 +151,14 @@ class RedisStore(Store):
             value = 0, 0
         self._note(value[1])
         return value[0]
+
+    def probe(self) -> int:
+        # A write, since Redis can still be read when it is full or a replica.
+        try:
+            return self.commit(lambda: 0)
+        except InDoubt as error:  # whether nothing was added does not matter
+            self._doubted = None
+            raise StoreAway(str(error)) from None
 
     def close(self) -> None:
         self._doubted = None

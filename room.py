@@ -41,13 +41,16 @@ class Room:
     def _end_idle(self, now: float, wanted: int) -> None:
         """Ends up to `wanted` connections. Asking the kernel about each takes 1 us or two, so it is
         not done before one of them can be due."""
-        idle = [(connection.idle_for_s(), connection) for connection in self._server.pool]
+        asked = [(connection.idle_for_s(), connection) for connection in self._server.pool]
+        idle = [(idle_s, connection) for idle_s, connection in asked if idle_s is not None]
         idle.sort(key=lambda pair: pair[0], reverse=True)
         due = [connection for idle_s, connection in idle if idle_s > self._idle_timeout_s]
         for connection in due[:wanted]:
             self._server.gave_up_idle(connection)
         longest_s = idle[len(due)][0] if len(due) < len(idle) else 0.0
-        self.look_at = now if due else now + self._idle_timeout_s - longest_s
+        # A busy one may have been silent for long when it is done.
+        any_busy = len(idle) < len(asked)
+        self.look_at = now if due or any_busy else now + self._idle_timeout_s - longest_s
 
     def _warn(self, waiting: int) -> None:
         """The first of the processes says so, for all."""

@@ -32,7 +32,9 @@ from prefork import (
     EXIT_CANNOT_BOOT,
     CannotBoot,
     Master,
+    Stopped,
     split_evenly,
+    stop_on_signals,
 )
 from protocol import format_address
 from serving import CounterServer
@@ -47,7 +49,6 @@ from status import Status
 from stores import StoreError
 
 EXIT_CANNOT_START: Final = 1
-EXIT_INTERRUPTED: Final = 130
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 # The admin process ends when the serving ones have; it looks so often.
@@ -160,6 +161,7 @@ def serve_forked(shared: Shared, workers: int, announce: Callable[[], None]) -> 
         note_death,
         partial(reload_certificates, shared, check_aside),
         lambda: dump(shared.settings, shared.status()),
+        aside=int(shared.admin is not None),
     )
 
     def on_ready() -> None:
@@ -222,7 +224,9 @@ def serve_here(
     )
     server.start()
     admin = None
-    if shared.admin and is_alone:
+    if shared.admin and not is_alone:
+        shared.admin.close()  # it is the admin process's
+    elif shared.admin:
         from admin import Admin
 
         admin = Admin(shared.admin, shared.status())
@@ -243,6 +247,8 @@ def serve_here(
         admin.stop()
     for handler in handlers:
         handler.cancel()
+    if is_alone:
+        stop_on_signals()  # gevent has reset them
 
 
 def serve_admin(shared: Shared, ready: Callable[[], None]) -> None:
@@ -277,7 +283,8 @@ def listen_admin(settings: ServerSettings) -> socket.socket | None:
     if settings.admin_port is None:
         return None
     try:
-        return listen(settings.admin_host, settings.admin_port, ADMIN_BACKLOG)
+        flags = "--adminHost", "--adminPort"
+        return listen(settings.admin_host, settings.admin_port, ADMIN_BACKLOG, flags)
     except OSError as error:
         raise OSError(f"admin port: {error}") from None
 
@@ -343,10 +350,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail("--tlsCert and --tlsKey need each other; give both", EXIT_USAGE)
     if settings.tls_client_ca and not settings.tls_cert:
         return fail("--tlsClientCA needs --tlsCert and --tlsKey", EXIT_USAGE)
+    stop_on_signals()
     try:
         return serve(settings)
-    except KeyboardInterrupt:  # before or after the time that it serves
-        return EXIT_INTERRUPTED
+    except Stopped:  # before it served: there is nothing to tell
+        return 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -203,7 +204,7 @@ class CounterServer(StreamServer):
 
     def failed(self) -> None:
         """Logs the error that is being handled: a connection ends of it, the others do not."""
-        _log.exception("a connection failed")
+        self.limited_log.warning("failed", "a connection failed: %s", traceback.format_exc())
 
     def refused(self, reason: str, detail: str) -> None:
         """Counts and logs that a peer was turned away."""

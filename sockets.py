@@ -28,7 +28,9 @@ _UNACKED = struct.Struct("24xI")
 _LAST_DATA_RECV = struct.Struct("52xI")
 
 
-def listen(host: str, port: int, backlog: int) -> socket.socket:
+def listen(
+    host: str, port: int, backlog: int, flags: tuple[str, str] = ("--host", "--port")
+) -> socket.socket:
     """A listening socket; OSError, with a text that says what to do, if there can be none."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -37,7 +39,7 @@ def listen(host: str, port: int, backlog: int) -> socket.socket:
         listener = socket.socket(family, kind, proto)
     except (socket.gaierror, UnicodeError) as error:
         reason = getattr(error, "strerror", "not a host name")
-        raise OSError(f"cannot listen on host {host!r}: {reason}; see --host") from None
+        raise OSError(f"cannot listen on host {host!r}: {reason}; see {flags[0]}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Accepted sockets inherit these: fewer system calls for each. Without the first a reply can
@@ -54,10 +56,10 @@ def listen(host: str, port: int, backlog: int) -> socket.socket:
     except OSError as error:
         listener.close()
         remedy = {
-            errno.EADDRINUSE: "; stop the program that has it, or choose another --port"
-            " (0 takes a free one)",
+            errno.EADDRINUSE: "; stop the program that has it, or choose another "
+            f"{flags[1]} (0 takes a free one)",
             errno.EACCES: "; ports below 1024 need root",
-            errno.EADDRNOTAVAIL: "; no interface has it, --host 0.0.0.0 serves all",
+            errno.EADDRNOTAVAIL: f"; no interface has it, {flags[0]} 0.0.0.0 serves all",
         }.get(error.errno or 0, "")
         where = format_address(host, port)
         reason = (error.strerror or str(error)).lower()

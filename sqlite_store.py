@@ -172,6 +172,11 @@ class SqliteStore(Store):
             self._doubted = None
             return before if made else None
 
+    def read(self) -> int:
+        db = self._open()
+        with self._errors():
+            return _total(db)
+
     def probe(self) -> int:
         db = self._open()
         with self._queue(), self._errors():

@@ -80,6 +80,10 @@ class Store(Counter):
         """
 
     @abstractmethod
+    def read(self) -> int:
+        """The total as it is now, which nothing is written or queued for; StoreAway."""
+
+    @abstractmethod
     def probe(self) -> int:
         """The total, if an addition could be made now; StoreAway otherwise."""
 

@@ -82,7 +82,9 @@ class TlsConnection(Connection):
 
     def send(self, replies: bytes) -> None:
         """Encrypts replies and hands them to the kernel; what it does not take is in `unsent`."""
-        self.transmit(self.session.encrypt(replies))
+        # A session that was refused cannot encrypt any more; its peer is told why and no total.
+        if self.ending != "tls":
+            self.transmit(self.session.encrypt(replies))
 
     def overdue(self) -> str:
         """What the frame deadline has ended, for the log."""

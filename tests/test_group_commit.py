@@ -114,6 +114,9 @@ class FakeStore(Store):
             raise StoreAway("not there")
         return self.sum
 
+    def read(self) -> int:
+        raise NotImplementedError
+
     def check(self, set_total: int | None = None, force: bool = False) -> Found:
         raise NotImplementedError
 
