@@ -66,7 +66,7 @@ class AtomicCounter(Counter):
     holder is killed. OSError where libatomic is missing: LockedCounter is the way without it.
     """
 
-    way: Final = "libatomic"
+    way: Final = "one atomic addition"
 
     def __init__(self, start: int = 0) -> None:
         import cffi
