@@ -21,17 +21,22 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from protocol import (
-    MAX_UNREAD_FRAMES,
-    REPLY_SIZE,
-    AddressError,
-    AmountError,
-    CounterError,
-    decode_totals,
-    encode_frame,
-    format_address,
-    parse_address,
-)
+try:
+    from protocol import (
+        MAX_UNREAD_FRAMES,
+        REPLY_SIZE,
+        AddressError,
+        AmountError,
+        CounterError,
+        decode_totals,
+        encode_frame,
+        format_address,
+        parse_address,
+    )
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"client.py: {error.name} is not installed; pip install -r requirements.txt")
 
 if TYPE_CHECKING:
     import ssl
@@ -56,6 +61,9 @@ EXIT_INTERRUPTED: Final = 130
 # round trip, and a failure leaves so many outcomes unknown at most.
 WINDOW_FRAMES: Final = MAX_UNREAD_FRAMES // 4
 
+NO_ANSWER: Final = "closed the connection without an answer"
+IS_IT_ONE: Final = "is it a counter server, and does it speak TLS (--tlsCA)?"
+
 
 class ConnectError(CounterError):
     """No connection, so nothing was sent or counted: it is safe to try again."""
@@ -70,19 +78,25 @@ class OutcomeUnknown(CounterError):
     """
 
     def __init__(
-        self, why: str, totals: Sequence[int], amounts: Sequence[int], unsent: Sequence[int]
+        self,
+        why: str,
+        totals: Sequence[int],
+        amounts: Sequence[int],
+        unsent: Sequence[int],
+        hint: str = "",
     ) -> None:
         some = f"{len(amounts)} additions" if len(amounts) != 1 else f"the addition of {amounts[0]}"
-        self._why = why
-        super().__init__(
-            f"{why}; {some} may or may not have been counted (the server may also have refused one)"
-        )
+        doubt = f"{some} may or may not have been counted"
+        if not any(amounts):
+            doubt = "the total was not read"
+        self._why, self._hint = why, hint
+        super().__init__("; ".join(filter(None, (why, doubt, hint))))
         self.totals = tuple(totals)
         self.amounts = tuple(amounts)
         self.unsent = tuple(unsent)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._why, self.totals, self.amounts, self.unsent)
+        return type(self), (self._why, self.totals, self.amounts, self.unsent, self._hint)
 
 
 class CounterClient:
@@ -194,7 +208,7 @@ class CounterClient:
         totals: list[int] = []
         rest = b""
         sent = 0
-        why = "the server closed the connection"
+        why, closed = "the server closed the connection", True
         try:
             while len(totals) < len(frames):
                 room = min(len(frames), len(totals) + WINDOW_FRAMES) - sent
@@ -212,12 +226,24 @@ class CounterClient:
             else:
                 return totals
         except TimeoutError:
+            closed = False
             why = f"no reply within {self.timeout:g} s (every worker of the server may be taken)"
         except OSError as error:
             if self._is_new and _is_refusal(error):
                 raise ConnectError(explain(error, self.host, self.port)) from error
             why = f"the connection was lost ({(error.strerror or str(error)).lower()})"
-        raise OutcomeUnknown(why, totals, amounts[len(totals) : sent], amounts[sent:])
+        unknown = amounts[len(totals) : sent]
+        hint = self._why_closed(unknown) if closed else ""
+        raise OutcomeUnknown(why, totals, unknown, amounts[sent:], hint)
+
+    def _why_closed(self, unknown: list[int]) -> str:
+        """What may have made a server close the connection before these were answered."""
+        hints = []
+        if any(unknown):
+            hints.append("a server with --maxIncrement refuses larger amounts in this way")
+        if self._is_new and self.tls is None:
+            hints.append(IS_IT_ONE)
+        return "; ".join(hints)
 
     def _receive(self, sock: socket.socket, expected: int, rest: bytes) -> bytes:
         """Some bytes, and at least the end of the next reply; empty at the end of the stream."""
@@ -265,8 +291,14 @@ def _is_refusal(error: OSError) -> bool:
     In TLS 1.3 the client learns it when its own handshake is over and its first frames are sent.
     The server is then still in its own and has read none of them.
     """
-    reason = getattr(error, "reason", None) or ""
-    return "ALERT" in reason and ("CERTIFICATE" in reason or reason.endswith("UNKNOWN_CA"))
+    reason = _tls_reason(error)
+    return "alert" in reason and ("certificate" in reason or reason.endswith("unknown ca"))
+
+
+def _tls_reason(error: OSError) -> str:
+    """What OpenSSL says, of an error of the ssl module or of one that has its words."""
+    text = getattr(error, "reason", None) or str(error.strerror or error)
+    return text.replace("_", " ").lower()
 
 
 def explain(error: OSError | UnicodeError, host: str, port: int) -> str:
@@ -276,22 +308,25 @@ def explain(error: OSError | UnicodeError, host: str, port: int) -> str:
         return f"cannot connect to {where}: unknown host; check the address"
     if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
         return f"cannot connect to {where}: no answer in time; check the address and firewalls"
-    if getattr(error, "library", None) == "SSL" or hasattr(error, "verify_message"):
+    is_tls = getattr(error, "library", None) == "SSL" or hasattr(error, "verify_message")
+    if is_tls or error.errno == errno.EPROTO:
         return f"cannot connect to {where}: {_explain_tls(error)}"
     reason = (error.strerror or str(error)).lower()
     remedy = {
         errno.ECONNREFUSED: f"; start a server there: python server.py --port {port}",
         errno.EMFILE: "; raise the descriptor limit (ulimit -n)",
-        errno.EPROTO: "; check --tls, --tlsCA, --tlsCert and the server's --tlsClientCA",
     }.get(error.errno or 0, "; check the address")
     return f"cannot connect to {where}: {reason}{remedy}"
 
 
 def _explain_tls(error: OSError) -> str:
-    verify = getattr(error, "verify_message", "")
+    reason = _tls_reason(error)
+    verify = getattr(error, "verify_message", "") or reason.partition("verify failed: ")[2]
     if verify:
-        return f"its certificate is refused ({verify}); --tlsCA names the authority to trust"
-    reason = (getattr(error, "reason", None) or str(error)).replace("_", " ").lower()
+        remedy = "--tlsCA names the authority to trust"
+        if "mismatch" in verify:
+            remedy = "connect by a name that is in the certificate"
+        return f"its certificate is refused ({verify.rstrip('.')}); {remedy}"
     if _is_refusal(error):
         return (
             f"the server refuses this client's certificate ({reason}); give --tlsCert and --tlsKey "
@@ -299,7 +334,7 @@ def _explain_tls(error: OSError) -> str:
         )
     if "wrong version number" in reason or "record layer failure" in reason:
         return f"it does not speak TLS ({reason}); leave --tls out"
-    return f"no TLS ({reason})"
+    return f"no TLS ({reason}); check --tls, --tlsCA, --tlsCert and the server's --tlsClientCA"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -366,9 +401,14 @@ def _load(settings: ClientSettings) -> int:
     _tls_context(settings)  # a file that cannot be used is found before anything is started
     raise_descriptor_limit()
     address, cpus = settings.server_address, available_cpus()
+    patience = f"up to {settings.timeout_s:g} s for the replies in flight"
+    waiting = f"interrupted; waiting {patience}, Ctrl-C again to stop waiting"
     try:
         with ProgressBar(settings, sys.stderr) as bar:
-            result = run_load(settings, cpus, bar.update)
+            result = run_load(settings, cpus, bar.update, lambda: bar.end(waiting))
+    except EOFError:
+        where = format_address(address.host, address.port)
+        return _fail(f"{where} {NO_ANSWER}; {IS_IT_ONE}", EXIT_CANNOT_CONNECT)
     except (OSError, UnicodeError) as error:
         return _fail(explain(error, address.host, address.port), EXIT_CANNOT_CONNECT)
     except LoadProcessDied as error:
@@ -395,4 +435,7 @@ def _fail(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ModuleNotFoundError as error:
+        sys.exit(f"client.py: {error.name} is not installed; pip install -r requirements.txt")

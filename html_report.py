@@ -23,6 +23,7 @@ from result import Result
 from settings import ClientSettings
 from thresholds import Outcome
 from values import masked
+from verify import EXPLAINED, IMPOSSIBLE, PROVED
 from version import VERSION
 
 PACKAGES: Final = ("gevent", "greenlet", "xxhash", "numpy")
@@ -125,21 +126,27 @@ def as_html(
 def _figures(result: Result) -> str:
     latency = result.latencies
     figures = [(f"{rate(result):,.0f}", "requests/s")]
-    figures += [(format_ns(latency.percentile_ns(p)), f"p{p:g}") for p in PERCENTILES]
-    figures += [(format_ns(latency.max_ns), "max")]
+    times = [(latency.percentile_ns(p), f"p{p:g}") for p in PERCENTILES] + [(latency.max_ns, "max")]
+    figures += [(format_ns(time_ns) if len(latency) else "none", name) for time_ns, name in times]
     cells = (f'<div class="figure"><b>{a}</b><span>{b}</span></div>' for a, b in figures)
     return f'<div class="figures">{"".join(cells)}</div>'
 
 
-def _verdicts(result: Result, outcomes: Iterable[Outcome]) -> list[str]:
+def _verdicts(result: Result, outcomes: Sequence[Outcome]) -> list[str]:
     verdict = judge(result)
     kind = {"ok": "ok", "wrong": "bad"}.get(verdict.word, "unsure")
     found = [_verdict(kind, f"Totals {verdict.word}", verdict.reason)]
+    if result.proof:
+        known = {PROVED: "ok", EXPLAINED: "ok", IMPOSSIBLE: "bad"}
+        kind = known.get(result.proof.word, "unsure")
+        found.append(_verdict(kind, "Proof", str(result.proof)))
     errors = [f"{kind}: {number:,}" for kind, number in sorted(result.errors.items())]
     if result.unknown:
         errors.append(f"outcome unknown: {result.unknown:,}")
     if errors:
-        found.append(_verdict("bad", "Errors", ", ".join(errors)))
+        limits = [outcome.ok for outcome in outcomes if outcome.threshold.measure == "errors"]
+        kind = "unsure" if limits and all(limits) else "bad"
+        found.append(_verdict(kind, "Errors", ", ".join(errors)))
     for outcome in outcomes:
         found.append(_verdict("ok" if outcome.ok else "bad", "Threshold", str(outcome)))
     if result.interrupted:

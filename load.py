@@ -265,6 +265,7 @@ class LoadProcess:
         self.sent_sum = 0
         self.cpu_from_s = 0.0
         self.done = Event()
+        self.cut = False  # replies in flight are not waited for
         amounts = share.settings.amount
         self.amount = amounts.low
         self.one: Batch = UniformBatch(amounts.low, 1)
@@ -334,7 +335,7 @@ class LoadProcess:
     def read_total(self) -> int | None:
         """The server's total, read on a connection of its own; None if no answer comes in time.
 
-        OSError if there is no connection.
+        OSError if there is no connection, EOFError if it ends without a byte.
         """
         data = b""
         sock, session = self.connect()
@@ -344,7 +345,12 @@ class LoadProcess:
             self.result.sent += 1
             while len(data) < REPLY_SIZE:
                 wait_read(sock.fileno())
-                more = sock.recv(LARGE_READ)
+                try:
+                    more = sock.recv(LARGE_READ)
+                except ConnectionResetError:
+                    more = b""
+                if not more and not data:
+                    raise EOFError
                 if not more:
                     return None
                 try:
@@ -394,6 +400,12 @@ class LoadProcess:
         self.result.elapsed_s = elapsed_s
         if elapsed_s > 0:
             self.result.cpu_share = (time.process_time() - self.cpu_from_s) / elapsed_s
+
+    def so_far(self) -> Result:
+        """What was done until now."""
+        if self.measure_from_ns:
+            self.result.elapsed_s = max(0, clock() - self.measure_from_ns) / 1e9
+        return self.result
 
     def stop(self) -> None:
         """No further request is sent. A server that stalls until the end has its time counted."""
@@ -530,8 +542,8 @@ class LoadProcess:
                 connection.lose(TimeoutError())
 
     def _join_outstanding(self) -> None:
-        """Waits for the replies in flight; the sweep ends those that do not come."""
-        while any(connection.in_flight for connection in self.connections):
+        """Waits for the replies in flight, until cut; the sweep ends those that do not come."""
+        while not self.cut and any(connection.in_flight for connection in self.connections):
             gevent.sleep(0.002)
 
 

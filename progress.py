@@ -1,4 +1,4 @@
-"""The bar on a terminal while a run lasts: how far it is, its rate and its p99.
+"""The bar on a terminal while a run lasts: how far it is, its rate, its p99 and errors.
 
 What it says is a pure function of the result so far; rich draws it, and is imported only where
 there is a terminal. Its own refreshing, a thread, stays off: the parent forks, and has no thread.
@@ -7,11 +7,13 @@ The bar is drawn when results come, twice a second, and is gone afterwards.
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
-from report import format_ns
+from report import count, format_ns
 from result import Result
 from settings import ClientSettings
 
@@ -28,7 +30,26 @@ class Standing:
     pace: str
 
 
-def standing(elapsed_s: float, so_far: Result, settings: ClientSettings) -> Standing:
+class RecentRate:
+    """The requests a second of the last two seconds: what hangs or recovers shows at once."""
+
+    WINDOW_S: Final = 2.0
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque([(0.0, 0)])
+
+    def of(self, so_far: Result) -> float:
+        """The rate up to this result; by its own clock, since it may be half a second old."""
+        at_s, done = so_far.elapsed_s, len(so_far.latencies)
+        if at_s > self._samples[-1][0]:
+            self._samples.append((at_s, done))
+        while len(self._samples) > 2 and self._samples[1][0] <= at_s - self.WINDOW_S:
+            self._samples.popleft()
+        (from_s, before), (to_s, after) = self._samples[0], self._samples[-1]
+        return (after - before) / (to_s - from_s) if to_s > from_s else 0.0
+
+
+def standing(elapsed_s: float, so_far: Result, settings: ClientSettings, rate: float) -> Standing:
     """Where a run stands `elapsed_s` after its start; of two bounds the nearer one counts."""
     duration_s = settings.duration_s
     if duration_s is None and settings.requests is None:
@@ -46,9 +67,12 @@ def standing(elapsed_s: float, so_far: Result, settings: ClientSettings) -> Stan
         ends.append((share, measured_s / share))
     share, whole_s = max(ends, default=(0.0, None))
     left = format_left(whole_s, measured_s)
-    p99 = format_ns(so_far.latencies.percentile_ns(99))
-    pace = f"{done / measured_s:,.0f} requests a second, p99 {p99}"
-    return Standing(min(1.0, share), left, pace)
+    pace = [f"{rate:,.0f} requests a second"]
+    if done:
+        pace.append(f"p99 {format_ns(so_far.latencies.percentile_ns(99))}")
+    if errors := sum(so_far.errors.values()):
+        pace.append(count(errors, "error"))
+    return Standing(min(1.0, share), left, ", ".join(pace))
 
 
 def format_left(whole_s: float | None, elapsed_s: float) -> str:
@@ -68,6 +92,7 @@ class ProgressBar:
     def __init__(self, settings: ClientSettings, stream: TextIO) -> None:
         self._settings = settings
         self._stream = stream
+        self._rate = RecentRate()
         self._shown = stream.isatty()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -81,9 +106,18 @@ class ProgressBar:
         except ImportError:  # a run goes on without its bar
             self._shown = False
             return
-        now = standing(elapsed_s, so_far, self._settings)
+        now = standing(elapsed_s, so_far, self._settings, self._rate.of(so_far))
         bar.update(task, completed=now.share, left=now.left, pace=now.pace)
         bar.refresh()
+
+    def end(self, text: str) -> None:
+        """Takes the bar away for good, and says something in its place."""
+        self._shown = False
+        with contextlib.suppress(OSError):  # the terminal is gone
+            if self._bar is not None:
+                self._bar.stop()
+            self._stream.write(f"{text}\n")
+            self._stream.flush()
 
     def _started(self) -> tuple[Progress, TaskID]:
         if self._bar is not None and self._task is not None:

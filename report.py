@@ -33,6 +33,10 @@ _BY_WEIGHT: Final = (EXIT_WRONG_TOTALS, EXIT_ERRORS, EXIT_THRESHOLD, EXIT_INTERR
 SATURATED: Final = 0.9
 SATURATED_S: Final = 0.5  # below, the share is mostly the start of the run
 
+# Up to these, requests that were due and not sent are those of the last instant.
+BEHIND: Final = 5
+BEHIND_SHARE: Final = 0.01
+
 PERCENTILES: Final = (50, 90, 99, 99.9)
 
 
@@ -50,9 +54,10 @@ def judge(result: Result) -> Verdict:
     While what was sent sums below 2^63 the total must have grown by at least the sum answered.
     Beyond that only equality modulo 2^64 says something, and only if nobody else was adding.
     """
+    restarted = "; was the server restarted?" if _looks_restarted(result) else ""
     if result.wrong:
         reason = ": ".join([f"{result.wrong:,} impossible totals", *result.wrong_examples[:1]])
-        return Verdict("wrong", reason)
+        return Verdict("wrong", reason + restarted)
     if PROCESS_DIED in result.errors:
         return Verdict("not checked", f"{PROCESS_DIED}, and what it sent is not known")
     if result.total_before is None or result.total_after is None:
@@ -64,11 +69,10 @@ def judge(result: Result) -> Verdict:
         return Verdict("not checked", "more than 2^63 was sent, and others may have added too")
     if grown >= CHECKABLE_SUM:
         fall = f"from {result.total_before:,} to {result.total_after:,}"
-        return Verdict("wrong", f"the total fell {fall}")
+        return Verdict("wrong", f"the total fell {fall}{restarted}")
     if grown < result.answered_sum:
-        return Verdict(
-            "wrong", f"the total grew by {grown:,}, less than the {result.answered_sum:,} answered"
-        )
+        less = f"less than the {result.answered_sum:,} answered"
+        return Verdict("wrong", f"the total grew by {grown:,}, {less}{restarted}")
     surplus = grown - result.answered_sum
     if surplus <= result.unknown_sum:
         return Verdict(
@@ -79,17 +83,30 @@ def judge(result: Result) -> Verdict:
     )
 
 
+def _looks_restarted(result: Result) -> bool:
+    """Whether the total is below what was answered, and connections were lost as well."""
+    if not result.errors or result.total_before is None or result.total_after is None:
+        return False
+    grown = (result.total_after - result.total_before) & TOTAL_MASK
+    return grown < result.answered_sum or grown >= CHECKABLE_SUM
+
+
 def exit_code(result: Result, outcomes: Sequence[Outcome] = ()) -> int:
     """The client's exit code after a run: the first of 4, 5, 99 and 130 that applies, or 0.
 
     A run that is proved impossible has wrong totals, even where they sum to what was sent.
 
-    An interrupt alone makes no error and no unknown outcome: what is outstanding is waited for.
+    Where a threshold for errors is given, it alone decides about them and the outcomes that became
+    unknown with them; a load process that died leaves the account itself incomplete.
+
+    An interrupt alone makes no error: what is outstanding is waited for, or cut by a second.
     """
     impossible = result.proof is not None and result.proof.word == IMPOSSIBLE
     if judge(result).word == "wrong" or impossible:
         return EXIT_WRONG_TOTALS
-    if result.errors or result.unknown:
+    limited = any(outcome.threshold.measure == "errors" for outcome in outcomes)
+    failed = bool(result.errors or (result.unknown and not result.cut))
+    if PROCESS_DIED in result.errors or (failed and not limited):
         return EXIT_ERRORS
     if not all(outcome.ok for outcome in outcomes):
         return EXIT_THRESHOLD
@@ -136,6 +153,8 @@ def latency_rows(result: Result) -> list[tuple[str, str]]:
 
 
 def _times(latency: Histogram) -> str:
+    if not len(latency):
+        return "none"
     percentiles = (f"p{p:g} {format_ns(latency.percentile_ns(p))}" for p in PERCENTILES)
     return "  ".join(
         (f"mean {format_ns(latency.mean_ns())}", *percentiles, f"max {format_ns(latency.max_ns)}")
@@ -171,7 +190,7 @@ def lines(result: Result, outcomes: Sequence[Outcome] = ()) -> list[str]:
         rows += [("", line) for line in result.proof.evidence]
     if "timeout" in result.errors:
         rows.append(("note", "no reply in time: has the server fewer workers than connections?"))
-    if result.behind:
+    if result.behind > max(BEHIND, BEHIND_SHARE * (result.measured + result.behind)):
         rows.append(("behind", f"{count(result.behind, 'request')} due and not sent at the end"))
     if result.cpu_share > SATURATED and result.elapsed_s > SATURATED_S:
         share = f"{result.cpu_share:.0%} of a core"

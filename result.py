@@ -140,6 +140,7 @@ class Result:
     processes: int = 1
     cpu_share: float = 0.0  # of the busiest process, of one core, over the measured part
     interrupted: bool = False
+    cut: bool = False  # a second interrupt: what was in flight then was not waited for
     asked_rate: float = 0.0  # open loop: requests a second that were to be sent
     behind: int = 0  # open loop: due when the run ended, and not sent
     proof: Proof | None = None  # of the whole run, where one was asked for
@@ -148,7 +149,8 @@ class Result:
     def merge(self, other: Result) -> None:
         """Adds what another process of the same run did.
 
-        Totals, `processes`, `interrupted` and `proof` are the run's own, set by whoever merges.
+        Totals, `processes`, `interrupted`, `cut` and `proof` are the run's own: whoever merges sets
+        them.
         """
         for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(other, name))

@@ -8,7 +8,6 @@ Ctrl-C in a terminal is one signal; when the parent is gone their pipe ends, and
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import socket
@@ -29,7 +28,7 @@ from settings import ClientSettings
 from verify import UNDECIDED, Proof, verify
 
 PROGRESS_S: Final = 0.5
-LONG_S: Final = 3600.0  # no wait has to last longer, and the kernel's cannot be infinite
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def resolve(host: str, port: int) -> tuple[SocketAddress, ...]:
@@ -39,14 +38,20 @@ def resolve(host: str, port: int) -> tuple[SocketAddress, ...]:
 
 
 def run_load(
-    settings: ClientSettings, cpus: float, progress: Callable[[float, Result], None]
+    settings: ClientSettings,
+    cpus: float,
+    progress: Callable[[float, Result], None],
+    on_interrupt: Callable[[], None],
 ) -> Result:
     """Runs the load against the server of `settings` and gives back what it did.
 
     Calls `progress` with the seconds since the start and the measured part so far, about twice a
-    second. OSError if the first connection cannot be made. SIGINT or SIGTERM ends the run early:
-    the result says `interrupted`; a second one raises KeyboardInterrupt, or ends the proof if it
-    has begun.
+    second. OSError if the first connection cannot be made, EOFError if it ends without an answer.
+
+    SIGINT, SIGTERM or SIGHUP ends the run early: `on_interrupt` is called, the replies in flight
+    are waited for, and the result says `interrupted`. A second one ends that wait: the result says
+    `cut` too, and the total afterwards is not read. A third raises KeyboardInterrupt, or ends the
+    proof if it has begun.
     """
     addresses = resolve(settings.server_address.host, settings.server_address.port)
     shares = split(settings, cpus, addresses)
@@ -60,7 +65,7 @@ def run_load(
             remedy = "set TMPDIR to a folder that can be written"
             raise CannotRecord(f"--verify cannot record: {error.strerror}; {remedy}") from None
     with _Interrupts() as interrupts:
-        run = _Run(shares, interrupts, records)
+        run = _Run(shares, interrupts, records, on_interrupt)
         try:
             result = run.supervise(progress)
         finally:
@@ -132,14 +137,20 @@ class _Run:
     """The parent's side: the processes of a run, and what they sent so far."""
 
     def __init__(
-        self, shares: list[Share], interrupts: _Interrupts, records: Sequence[Record]
+        self,
+        shares: list[Share],
+        interrupts: _Interrupts,
+        records: Sequence[Record],
+        on_interrupt: Callable[[], None],
     ) -> None:
         self.shares = shares
         self.records = records
         self.interrupts = interrupts
+        self.on_interrupt = on_interrupt
         self.pids: dict[PipeEnd, int] = {}
         self.results: dict[PipeEnd, Result] = {}  # of every process: so far, in the end whole
         self.stopped = False
+        self.cut = False
 
     def supervise(self, progress: Callable[[float, Result], None]) -> Result:
         first = self.fork(self.shares[0])
@@ -157,12 +168,12 @@ class _Run:
             progress(time.monotonic() - started_at, merged(self.results.values()))
         self.tell("finish")
         finishing = set(self.pids)
-        while finishing:
-            self.collect(finishing, "result", math.inf)
+        while finishing and not self.cut:
+            self.collect(finishing, "result", time.monotonic() + PROGRESS_S)
         result = merged(self.results.values())
         result.total_before = total_before
         result.total_after = self.results[first].total_after
-        result.interrupted = self.stopped
+        result.interrupted, result.cut = self.stopped, self.cut
         result.asked_rate = self.shares[0].settings.rate
         result.processes = len(self.shares)
         return result
@@ -179,8 +190,8 @@ class _Run:
                 signal.set_wakeup_fd(-1)
                 for pipe in (ours, *self.pids):
                     pipe.close()
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                for number in _ENDING:
+                    signal.signal(number, signal.SIG_IGN)
                 index = len(self.pids)
                 record = self.records[index] if self.records else None
                 _run_process(share, theirs, index, record)
@@ -208,7 +219,7 @@ class _Run:
     def collect(self, pipes: set[PipeEnd], last: str, until: float) -> None:
         """Takes what processes send until then; drops each pipe whose message is the `last`."""
         while pipes and (left_s := until - time.monotonic()) > 0:
-            ready = wait([*pipes, self.interrupts.wake_end], min(left_s, LONG_S))
+            ready = wait([*pipes, self.interrupts.wake_end], left_s)
             self.obey_interrupts()
             for pipe in ready:
                 if not isinstance(pipe, PipeEnd):
@@ -223,12 +234,17 @@ class _Run:
                     pipes.remove(pipe)
 
     def obey_interrupts(self) -> None:
-        """Stops the run at the first signal; the second is a KeyboardInterrupt."""
-        if self.interrupts.taken() > 1:
+        """Stops the run at the first signal, and its waiting at the second; the third raises."""
+        taken = self.interrupts.taken()
+        if taken > 2:
             raise KeyboardInterrupt
-        if self.interrupts.taken() and not self.stopped:
+        if taken and not self.stopped:
             self.stopped = True
             self.tell("stop")
+            self.on_interrupt()
+        if taken > 1 and not self.cut:
+            self.cut = True
+            self.tell("cut")
 
     def kill(self) -> None:
         """Ends and reaps every process; one that ended by itself is a zombie until now."""
@@ -247,7 +263,7 @@ def _run_process(share: Share, pipe: PipeEnd, index: int, record: Record | None)
         if index == 0:
             try:
                 total_before = process.read_total()
-            except OSError as error:
+            except (OSError, EOFError) as error:
                 pipe.send(("failed", error))
                 return
             pipe.send(("before", total_before))
@@ -264,7 +280,7 @@ def _run_process(share: Share, pipe: PipeEnd, index: int, record: Record | None)
         orders.finish.wait()
         if index == 0:
             # With the run's own connections closed there is a worker for this one.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError):
                 process.result.total_after = process.read_total()
         pipe.send(("result", process.result))
         code = 0
@@ -296,11 +312,13 @@ class _Orders:
             os._exit(1)
         if word == "stop":
             self.process.stop()
+        elif word == "cut":
+            self.process.cut = True
         else:
             (self.go if word == "go" else self.finish).set()
 
     def report_progress(self) -> None:
-        self._reporting.start(lambda: self.pipe.send(("progress", self.process.result)))
+        self._reporting.start(lambda: self.pipe.send(("progress", self.process.so_far())))
 
     def stop_reporting(self) -> None:
         self._reporting.close()
@@ -309,16 +327,15 @@ class _Orders:
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
     """No signal is handled inside, so that a child never runs its parent's handlers."""
-    numbers = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
 
 
 class _Interrupts:
-    """SIGINT and SIGTERM: a KeyboardInterrupt at first, and a count once the load runs.
+    """What ends a run: a KeyboardInterrupt at first, and a count once the load runs.
 
     While it counts, `wake_end` becomes readable with each signal, so that a wait for results ends
     and no message is lost half-way to an exception.
@@ -339,7 +356,9 @@ class _Interrupts:
         return self._count
 
     def __enter__(self) -> _Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _ENDING:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             self._before.append((number, signal.signal(number, self._on_signal)))
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         return self

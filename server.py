@@ -18,35 +18,40 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-import gevent
-from gevent.event import Event
+try:
+    import gevent
+    from gevent.event import Event
 
-from certificates import CertificateError, Certificates, Snapshot, check_aside, check_here
-from diagnosis import dump, dump_stacks
-from keeper import Keeper, make_keeper
-from log import configure_log
-from machine import available_cpus, raise_descriptor_limit
-from notify import notify, notify_reloading
-from prefork import (
-    CUT_SIGNAL,
-    EXIT_CANNOT_BOOT,
-    CannotBoot,
-    Master,
-    Stopped,
-    split_evenly,
-    stop_on_signals,
-)
-from protocol import format_address
-from serving import CounterServer
-from settings import EXIT_USAGE, ServerSettings, read_settings
-from slots import (
-    PID,
-    REQUESTS,
-    Slots,
-)
-from sockets import listen
-from status import Status
-from stores import StoreError
+    from certificates import CertificateError, Certificates, Snapshot, check_aside, check_here
+    from diagnosis import dump, dump_stacks
+    from keeper import Keeper, make_keeper
+    from log import configure_log
+    from machine import available_cpus, raise_descriptor_limit
+    from notify import notify, notify_reloading
+    from prefork import (
+        CUT_SIGNAL,
+        EXIT_CANNOT_BOOT,
+        CannotBoot,
+        Master,
+        Stopped,
+        split_evenly,
+        stop_on_signals,
+    )
+    from protocol import format_address
+    from serving import CounterServer
+    from settings import EXIT_USAGE, ServerSettings, read_settings
+    from slots import (
+        PID,
+        REQUESTS,
+        Slots,
+    )
+    from sockets import listen
+    from status import Status
+    from stores import StoreError
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"server.py: {error.name} is not installed; pip install -r requirements.txt")
 
 EXIT_CANNOT_START: Final = 1
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)

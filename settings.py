@@ -403,7 +403,8 @@ class ClientSettings:
         "--threshold",
         _REPORT,
         "what the run has to keep to, or the exit code is 99: p99<5ms, rps>50000, errors<0.1%, "
-        "also mean, max and any percentile; repeatable, or with commas",
+        "also mean, max and any percentile; repeatable, or with commas; with one for errors, those "
+        "within it are exit code 0 instead of 5",
         default=Thresholds(),
         parse=parse_thresholds,
         metavar="LIMIT",
@@ -492,9 +493,23 @@ def read_settings(
         parser.refuse_unknown(unknown)
     settings = record(**{f.name: getattr(values, f.name) for f in fields(record)})
     if values.print_config:
-        print("\n".join(_config_lines(parser, settings)))
+        _show(program, "\n".join(_config_lines(parser, settings)) + "\n")
         sys.exit(0)
+    if isinstance(settings, ClientSettings) and (settings.read or settings.add is not None):
+        parser.refuse_reports(settings)
     return settings
+
+
+def _show(program: str, text: str) -> None:
+    """Writes to standard output; exits 1 where it cannot, without a word where nobody reads on."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        # Otherwise the interpreter tries once more at its end, and prints a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"{program}: cannot write to standard output: {error.strerror}\n")
+        sys.exit(1)
 
 
 class _ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
@@ -521,6 +536,13 @@ class _ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
 
 class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
     """ConfigArgParse, with errors of one line that say where a bad value came from."""
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        """Writes what --help shows; ends the program where it cannot."""
+        if file is not None:
+            super().print_help(file)
+        else:
+            _show(self.prog, self.format_help())
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit code 2."""
@@ -558,6 +580,18 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
                         if given & set(act.option_strings):
                             origins[act.dest] = _ARGUMENTS
         return origins
+
+    def refuse_reports(self, settings: ClientSettings) -> None:
+        """Ends the program if the command line wants a report; --add and --read make none.
+
+        What the environment or a file says for every load is left alone.
+        """
+        origins = self.origins()
+        for declared in fields(settings):
+            given = getattr(settings, declared.name) != declared.default
+            is_report = declared.metadata["group"] == _REPORT
+            if is_report and given and origins.get(declared.name) == _ARGUMENTS:
+                self.error(f"{declared.metadata['flag']} needs a load; --add and --read make none")
 
     def _nearest(self, name: str) -> str:
         known = [text.lstrip("-") for action in self._actions for text in action.option_strings]

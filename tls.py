@@ -143,8 +143,20 @@ def client_context(settings: ClientSettings) -> ssl.SSLContext:
         raise CertificateError(f"--tlsCA {ca}: {_explained(_text(error))}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if cert:
+        if not key and _is_without_key(cert):
+            raise CertificateError(f"--tlsCert {cert} has no private key in it; give --tlsKey")
         _load_chain(context, cert, key, f"--tlsCert {cert} with --tlsKey {key or cert}")
     return context
+
+
+def _is_without_key(cert: str) -> bool:
+    """Whether a file has certificates alone."""
+    try:
+        with open(cert, "rb") as file:
+            text = file.read()
+    except (OSError, ValueError):
+        return False
+    return b"BEGIN CERTIFICATE" in text and b"PRIVATE KEY-----" not in text
 
 
 def _load_chain(context: ssl.SSLContext, cert: str, key: str | None, files: str) -> None:

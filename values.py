@@ -178,7 +178,12 @@ def parse_amounts(text: str) -> Amounts:
     """A number, or `LOW-HIGH`."""
     whole = parse_whole(0)
     low, dash, high = text.partition("-")
-    amounts = Amounts(whole(low), whole(high if dash else low))
+    try:
+        amounts = Amounts(whole(low), whole(high if dash else low))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number of 0 to {MAX_AMOUNT}, nor two of them as LOW-HIGH"
+        ) from None
     if amounts.low > amounts.high:
         raise argparse.ArgumentTypeError(f"{text!r}: the lower bound is above the upper one")
     return amounts
@@ -244,7 +249,7 @@ def _parse_redis(text: str) -> StoreAddress:
     allowed = ("key", *(_TLS_PARAMETERS if parts.scheme == "rediss" else ()))
     for name, values in parameters.items():
         if name not in allowed:
-            raise ValueError(f"parameter {name!r} is none of {', '.join(allowed)}")
+            raise ValueError(f"unknown parameter {name!r}; there is {', '.join(allowed)}")
         if len(values) != 1 or not values[0]:
             raise ValueError(f"parameter {name!r} needs one value")
     key = parameters.pop("key", ["counter"])[0]

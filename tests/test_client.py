@@ -159,6 +159,7 @@ def test_a_server_that_comes_back_is_connected_to_again() -> None:
             server.stop()
             with ServerCommand(port=port) as second:
                 assert command.finish() == 4, "the new server's total is below the old one's"
+                assert "; was the server restarted?" in command.output()
                 _, requests = second.stop()
                 assert requests > 100
 
@@ -282,7 +283,88 @@ def test_ctrl_c_stops_early_and_still_reports() -> None:
             shown = command.output()
             assert shown.startswith("Interrupted after")
             assert "check     ok: the total grew by exactly" in shown
-            assert command.errors() == ""
+            waiting = "waiting up to 10 s for the replies in flight, Ctrl-C again to stop waiting"
+            assert command.errors() == f"interrupted; {waiting}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_ends_are_reported_as_ctrl_c_is(number: signal.Signals) -> None:
+    with ServerCommand() as server:
+        with client(server.address, "--duration", "1h", "--warmup", "0") as command:
+            wait_for_load(server)
+            command.signal(number)
+            assert command.finish() == 130
+            assert "check     ok: the total grew by exactly" in command.output()
+
+
+def answering_only(count: int, stalled: threading.Event) -> Callable[[socket.socket], None]:
+    """A script that answers so many frames, and is silent from the next one on."""
+    answered = itertools.count()
+
+    def script(sock: socket.socket) -> None:
+        while True:
+            receive_exactly(sock, 16)
+            if (number := next(answered)) >= count:
+                stalled.set()
+                sock.recv(1)
+                return
+            sock.sendall(encode_total(number))
+
+    return script
+
+
+@pytest.mark.parametrize("verify", [(), ("--verify",)])
+def test_a_second_ctrl_c_reports_without_waiting(verify: tuple[str, ...]) -> None:
+    stalled = threading.Event()
+    with ScriptedServer(answering_only(21, stalled)) as server:
+        arguments = ("--connections", "1", "--duration", "1h", "--warmup", "0", "--timeout", "1h")
+        with client(server.address, *arguments, *verify) as command:
+            assert stalled.wait(20)
+            command.signal(signal.SIGINT)
+            assert command.error_line().startswith("interrupted; waiting up to 3600 s for the")
+            command.signal(signal.SIGINT)
+            assert command.finish() == 130
+            shown = command.output()
+            assert "measured  20 requests" in shown
+            assert "errors    none; outcome unknown: 1" in shown
+            assert "total     0 before, unknown after" in shown
+            assert ("verify    undecided: the server's total could not be read" in shown) == bool(
+                verify
+            )
+
+
+def test_a_second_ctrl_c_ends_the_wait_for_the_closing_read_too() -> None:
+    stalled = threading.Event()
+    with ScriptedServer(answering_only(21, stalled)) as server:
+        arguments = ("--connections", "1", "--requests", "20", "--warmup", "0", "--timeout", "1h")
+        with client(server.address, *arguments) as command:
+            assert stalled.wait(20)
+            command.signal(signal.SIGINT)
+            assert command.error_line().startswith("interrupted; ")
+            command.signal(signal.SIGINT)
+            assert command.finish() == 130
+            assert "total     0 before, unknown after" in command.output()
+
+
+def test_a_peer_that_closes_without_an_answer_is_no_server_to_load() -> None:
+    with ScriptedServer(lambda sock: receive_exactly(sock, 16)) as server:
+        why = "closed the connection without an answer; is it a counter server, "
+        code, shown = run_client(server.address, *SHORT)
+        assert code == 1
+        assert shown == (f"client.py: {server.address} {why}and does it speak TLS (--tlsCA)?\n")
+        code, shown = run_client(server.address, "--read")
+        assert code == 5
+        assert shown.endswith("is it a counter server, and does it speak TLS (--tlsCA)?\n")
+
+
+def test_errors_within_their_threshold_are_exit_0() -> None:
+    with ServerCommand(workers=2) as server:
+        arguments = (*SHORT, "--connections", "3", "--processes", "1", "--timeout", "300ms")
+        code, shown = run_client(server.address, *arguments, "--threshold", "errors<99%")
+        assert code == 0, shown
+        assert re.search(r"errors    timeout: \d", shown), shown
+        code, shown = run_client(server.address, *arguments, "--threshold", "errors<1")
+        assert code == 99, shown
 
 
 def test_no_process_outlives_a_client_that_was_killed() -> None:

@@ -17,6 +17,7 @@ from settings import ClientSettings
 from thresholds import hold
 from timeline import Interval, Timeline
 from values import Address, parse_thresholds
+from verify import Proof
 
 CONDITIONS = Conditions(
     ["python", "client.py", "--rate", "100"], 1.5, datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -124,6 +125,30 @@ def test_the_page_says_what_the_run_found_and_under_what_conditions() -> None:
         *("40 connections in 2 processes", "--pipeline1", "60 intervals"),
     ):
         assert text in page
+
+
+@pytest.mark.parametrize(
+    ("word", "kind"),
+    [("proved", "ok"), ("explained", "ok"), ("undecided", "unsure"), ("impossible", "bad")],
+)
+def test_a_proof_is_among_the_verdicts(word: str, kind: str) -> None:
+    result = make_result()
+    result.proof = Proof(word, "so it is")
+    assert f'class="verdict {kind}"><b>Proof</b>&ensp;{result.proof}</p>' in page_of(result)
+
+
+def test_errors_within_their_threshold_are_no_failure_of_the_page() -> None:
+    result = make_result()
+    result.count_error("timeout")
+    for limit, kind in (("errors<2", "unsure"), ("errors<1", "bad"), ("max<1m", "bad")):
+        page = page_of(result, ClientSettings(threshold=parse_thresholds(limit)))
+        assert f'class="verdict {kind}"><b>Errors</b>' in page
+
+
+def test_a_run_that_measured_nothing_has_no_latencies_on_its_page() -> None:
+    page = page_of(Result())
+    assert page.count("<b>none</b>") == 5
+    assert "0 ns" not in page
 
 
 def test_wrong_totals_errors_and_an_interrupt_are_told_apart() -> None:

@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from progress import ProgressBar, Standing, format_left, standing
+from progress import ProgressBar, RecentRate, Standing, format_left, standing
 from result import Histogram, Result
 from settings import ClientSettings
 
 
-def measured(requests: int) -> Result:
+def measured(requests: int, elapsed_s: float = 0.0) -> Result:
     """A run so far, each request of 1 ms."""
     latencies = Histogram()
     latencies.record(1_000_000, requests)
-    return Result(latencies=latencies)
+    return Result(latencies=latencies, elapsed_s=elapsed_s)
 
 
 WARM_UP = ClientSettings(warmup_s=1.0)
@@ -40,20 +40,39 @@ WARM_UP = ClientSettings(warmup_s=1.0)
 def test_progress_says_how_much_is_left_of_the_nearer_bound(
     elapsed_s: float, settings: ClientSettings, share: float, left: str
 ) -> None:
-    now = standing(elapsed_s, measured(20_000), settings)
+    now = standing(elapsed_s, measured(20_000), settings, 7.0)
     assert now.share == pytest.approx(share)
     assert now.left == left
 
 
 def test_progress_has_the_rate_and_the_latency_of_the_measured_part() -> None:
     settings = ClientSettings(warmup_s=1.0, duration_s=20.0)
-    now = standing(11.0, measured(60_000), settings)
-    assert now == Standing(0.5, "10 s", "6,000 requests a second, p99 1 ms")
-    assert standing(0.5, measured(0), WARM_UP).pace == "warming up"
+    now = standing(11.0, measured(60_000), settings, 7_000.0)
+    assert now == Standing(0.5, "10 s", "7,000 requests a second, p99 1 ms")
+    assert standing(0.5, measured(0), WARM_UP, 0.0).pace == "warming up"
+
+
+def test_the_rate_is_that_of_the_last_two_seconds() -> None:
+    rate = RecentRate()
+    assert rate.of(measured(0, 0.0)) == 0, "the warm-up"
+    assert rate.of(measured(500, 0.5)) == 1000
+    for tenth in range(10, 105, 5):
+        rate.of(measured(tenth * 100, tenth / 10))
+    assert rate.of(measured(10_000, 11.0)) == 500, "it was 1,000 up to ten seconds, then nothing"
+    assert rate.of(measured(10_000, 11.0)) == 500, "an old result says nothing new"
+    assert rate.of(measured(10_000, 12.5)) == 0
+
+
+def test_progress_says_how_many_errors_there_were() -> None:
+    so_far = measured(10)
+    so_far.errors = {"timeout": 1}
+    assert standing(11.0, so_far, WARM_UP, 5).pace == "5 requests a second, p99 1 ms, 1 error"
+    so_far.errors = {"timeout": 1, "connection closed": 1200}
+    assert standing(11.0, so_far, WARM_UP, 5).pace.endswith("p99 1 ms, 1,201 errors")
 
 
 def test_a_run_that_has_measured_nothing_yet_does_not_know_its_end() -> None:
-    now = standing(11.0, measured(0), ClientSettings(warmup_s=1.0, requests=5))
+    now = standing(11.0, measured(0), ClientSettings(warmup_s=1.0, requests=5), 0.0)
     assert (now.share, now.left) == (0.0, "?")
 
 
@@ -91,7 +110,7 @@ def test_the_bar_is_gone_afterwards_and_the_cursor_is_back(
 
     def run() -> None:
         with ProgressBar(WARM_UP, stream) as bar:
-            bar.update(31.0, measured(10_000))
+            bar.update(31.0, measured(10_000, 30.0))
             shown = stream.getvalue()
             assert "50%  30 s left" in shown
             assert "333 requests a second, p99 1 ms" in shown

@@ -18,7 +18,7 @@ from report import (
     lines,
     rate,
 )
-from result import CHECKABLE_SUM, Histogram, Result
+from result import CHECKABLE_SUM, PROCESS_DIED, Histogram, Result
 from settings import ClientSettings
 from thresholds import hold
 from timeline import Interval, Timeline
@@ -141,7 +141,7 @@ def test_the_exit_code_is_the_first_that_applies(
 
 @pytest.mark.parametrize(
     ("total_after", "unknown", "interrupted", "code"),
-    [(10, 0, False, 99), (10, 0, True, 99), (10, 1, False, 5), (9, 0, False, 4), (9, 1, True, 4)],
+    [(10, 0, False, 99), (10, 0, True, 99), (10, 1, False, 99), (9, 0, False, 4), (9, 1, True, 4)],
 )
 def test_a_breached_threshold_is_exit_99_unless_something_worse_happened(
     total_after: int, unknown: int, interrupted: bool, code: int
@@ -150,6 +150,49 @@ def test_a_breached_threshold_is_exit_99_unless_something_worse_happened(
     result.unknown, result.interrupted = unknown, interrupted
     breached = hold(result, parse_thresholds("errors<=100,p99<5ms"))
     assert exit_code(result, breached) == code
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [("errors<3", 0), ("errors<2", 99), ("errors<3,p99<5ms", 99), ("rps>=0,p99<5ms", 5), ("", 5)],
+)
+def test_a_threshold_for_errors_decides_about_them(limits: str, code: int) -> None:
+    result = run_of(0, 10, 10, unknown_sum=1)
+    result.unknown, result.errors = 1, {"timeout": 2}
+    assert exit_code(result, hold(result, parse_thresholds(limits))) == code
+
+
+def test_a_load_process_that_died_is_exit_5_whatever_the_threshold() -> None:
+    result = run_of(0, 10, 10)
+    result.count_error(PROCESS_DIED)
+    assert exit_code(result, hold(result, parse_thresholds("errors<3"))) == 5
+
+
+def test_what_a_second_interrupt_did_not_wait_for_is_no_error() -> None:
+    result = Result(unknown=3, interrupted=True, cut=True)
+    assert exit_code(result) == 130
+    result.count_error("timeout")
+    assert exit_code(result) == 5
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "wrong"), [(0, 5, 0), (50, 5, 0), (0, 5, 1)], ids=["less", "fell", "wrong"]
+)
+def test_a_total_that_went_down_with_connections_lost_asks_for_a_restart(
+    before: int, after: int, wrong: int
+) -> None:
+    result = run_of(before, after, 10)
+    result.wrong = wrong
+    assert not judge(result).reason.endswith("?")
+    result.count_error("connection closed")
+    assert judge(result).word == "wrong"
+    assert judge(result).reason.endswith("; was the server restarted?")
+
+
+def test_an_impossible_total_does_not_ask_for_a_restart_where_the_sum_is_right() -> None:
+    result = run_of(0, 10, 10)
+    result.wrong, result.errors = 1, {"timeout": 1}
+    assert judge(result).reason == "1 impossible totals"
 
 
 def test_thresholds_that_hold_change_no_exit_code() -> None:
@@ -234,7 +277,7 @@ def test_an_empty_run_has_a_table_too() -> None:
         "  in all    0 sent, 0 answered, warm-up and reads included",
         "  measured  0 requests in 0 s",
         "  rate      0 requests a second",
-        "  latency   mean 0 ns  p50 0 ns  p90 0 ns  p99 0 ns  p99.9 0 ns  max 0 ns",
+        "  latency   none",
         "  errors    none",
         "  total     unknown before, unknown after",
         "  check     not checked: the server's total could not be read before and after",
@@ -248,6 +291,18 @@ def test_a_client_that_was_the_bottleneck_says_so(share: float, said: bool) -> N
     notes = [line for line in lines(result) if "the client was the bottleneck" in line]
     assert len(notes) == said
     assert all(f"{share:.0%} of a core" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("measured", "behind", "shown"),
+    [(10_000, 100, False), (10_000, 102, True), (100, 5, False), (100, 6, True)],
+)
+def test_requests_that_were_not_sent_are_shown_where_they_are_many(
+    measured: int, behind: int, shown: bool
+) -> None:
+    result = Result(measured=measured, behind=behind)
+    assert any(line.startswith("  behind ") for line in lines(result)) is shown
+    assert json.loads(as_json(result, ClientSettings()))["behind"] == behind
 
 
 def test_the_rate_is_of_the_measured_part() -> None:

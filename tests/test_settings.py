@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import Field, FrozenInstanceError, fields
 from fractions import Fraction
@@ -14,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import ROOT
 from settings import ClientSettings, ServerSettings, read_settings
 from values import (
     LONGEST_S,
@@ -416,6 +420,7 @@ def test_an_amount_is_a_number_or_a_range(text: str, amounts: Amounts) -> None:
         ("5-", "not a whole number"),
         ("1-2-3", "not a whole number"),
         ("one", "not a whole number"),
+        ("1-", "'1-' is not a whole number"),
         ("18446744073709551616", "not a whole number of 0 to 18446744073709551615"),
     ],
 )
@@ -752,15 +757,14 @@ def test_each_option_is_printed_with_its_origin(
 def test_printed_settings_are_a_config_file_of_the_same_settings(
     record: type[Any], given: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        argument
+    environment = {
+        option.variable: EXAMPLES[option.name][0]
         for option in OPTIONS
         if option.record is record and given
-        for argument in option.arguments(option.flag, EXAMPLES[option.name][0])
-    ]
-    page = read_printed(capsys, record, [*arguments, "--printConfig"])
+    }
+    page = read_printed(capsys, record, ["--printConfig"], environment)
     path = write_config(tmp_path, page)
-    assert read(record, ["--config", path]) == read(record, arguments)
+    assert read(record, ["--config", path]) == read(record, [], environment)
     assert (read(record, ["--config", path]) == record()) is not given
 
 
@@ -780,3 +784,53 @@ def test_a_file_name_with_line_ends_is_printed_in_one_line(
 ) -> None:
     page = read_printed(capsys, ClientSettings, ["--json", "a\nprocesses = 2\r", "--printConfig"])
     assert r'json = "a\nprocesses = 2\r"  # command line' in page.splitlines()
+
+
+# One addition, and what it cannot have
+
+
+@pytest.mark.parametrize(
+    "flags", [["--json=-"], ["--html=x"], ["--hgrm=x"], ["--verify"], ["--threshold=rps>1"]]
+)
+@pytest.mark.parametrize("what", [["--read"], ["--add", "1"]])
+def test_a_report_of_one_addition_is_refused(
+    what: list[str], flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = flags[0].partition("=")[0]
+    line = read_refusal(capsys, ClientSettings, [*what, *flags])
+    assert f"{flag} needs a load; --add and --read make none" in line
+
+
+def test_a_report_that_the_environment_asks_of_every_load_does_not_hinder_a_read() -> None:
+    assert read_client("--read", COUNTER_CLIENT_JSON="run.json").json == "run.json"
+
+
+# Standard output that cannot be written
+
+
+@pytest.mark.parametrize("program", ["server.py", "client.py"])
+@pytest.mark.parametrize("flag", ["--help", "--printConfig"])
+def test_what_cannot_be_shown_is_exit_1_in_one_line_or_none(program: str, flag: str) -> None:
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, program, flag], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
+        )
+    why = "cannot write to standard output: No space left on device"
+    assert (ran.returncode, ran.stderr.decode()) == (1, f"{program}: {why}\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ran = subprocess.run(
+            [sys.executable, program, flag], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE
+        )
+    finally:
+        os.close(writer)
+    assert (ran.returncode, ran.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("program", ["server.py", "client.py"])
+def test_a_command_without_its_packages_says_what_to_install(program: str) -> None:
+    ran = subprocess.run([sys.executable, "-S", program, "--help"], cwd=ROOT, capture_output=True)
+    assert ran.returncode == 1
+    line = rf"{program}: \w+ is not installed; pip install -r requirements\.txt\n"
+    assert re.fullmatch(line, ran.stderr.decode())

@@ -290,7 +290,8 @@ def test_a_client_without_a_right_certificate_is_refused_with_a_reason_on_both_s
             assert errors.count("\n") == 1
             assert f"cannot connect to {server.address}" in errors
             assert "certificate" in errors or "unknown ca" in errors
-            assert "--tlsCert" in errors
+            assert "the server refuses this client's certificate" in errors
+            assert "give --tlsCert and --tlsKey" in errors
         assert server.stop() == (0, 0)
 
 
@@ -314,6 +315,9 @@ def test_the_command_refuses_a_server_whose_certificate_is_not_right(
                 assert (code, output) == (1, "")
                 assert errors.count("\n") == 1
                 assert expected.lower() in errors.lower()
+                mismatch = which == "other_host"
+                assert ("connect by a name that is in the certificate" in errors) is mismatch
+                assert ("--tlsCA names the authority" in errors) is not mismatch
         assert server.stop() == (0, 0)
 
 
@@ -340,7 +344,11 @@ def test_a_client_with_tls_at_a_plain_port_says_so_and_the_other_way_round(certs
     with tls_server() as server:
         code, _, errors = run_client(server.address, "--add", "1", "--timeout", "2s")
         assert code == 5
-        assert "may or may not have been counted" in errors
+        assert "may or may not have been counted; a server with --maxIncrement refuses" in errors
+        assert "does it speak TLS (--tlsCA)?" in errors
+        code, _, errors = run_client(server.address, "--duration", "1s")
+        assert code == 1
+        assert "closed the connection without an answer; is it a counter server" in errors
         assert server.stop() == (0, 0)
 
 
@@ -526,6 +534,7 @@ def test_client_files_that_cannot_be_used_are_a_usage_error_in_one_line(
         (("--tlsCA", missing), "--tlsCA"),
         ((*ca(certs), *certs.mismatched.client_flags()), "another certificate"),
         ((*ca(certs), "--tlsKey", missing), "--tlsKey needs --tlsCert"),
+        ((*ca(certs), "--tlsCert", str(certs.client.cert)), "no private key in it; give --tlsKey"),
     ):
         for what in (["--read"], ["--duration", "1s"]):
             code, output, errors = run_client("127.0.0.1:1", *what, *flags)
