@@ -73,7 +73,9 @@ class Status:
         if self.draining:
             return Readiness(False, "draining: the server is stopping")
         if not self.slots.sum(WORKERS):
-            return Readiness(False, "starting: no process serves yet")
+            has_served = any(self.slots.cells(STARTS))
+            why = "no process serves now" if has_served else "starting: no process serves yet"
+            return Readiness(False, why)
         away_ms = [ms for ms in self.slots.cells(AWAY_SINCE_MS) if ms]
         if away_ms:
             away_s = (now_ms() - min(away_ms)) / 1000

@@ -160,8 +160,8 @@ def test_a_server_that_drains_is_not_ready_and_says_so(processes: str) -> None:
         with server.connect() as peer:
             fill(peer)  # it does not read its replies, so that the drain waits for it
             server.signal(signal.SIGTERM)
-            wait_until(lambda: server.get("readyz")[0] == 503, "it is not ready")
-            assert server.get("readyz")[1] == "draining: the server is stopping\n"
+            draining = 503, "draining: the server is stopping\n"
+            wait_until(lambda: server.get("readyz") == draining, "it is not ready, and says why")
             assert server.get("livez")[0] == 200
         server.farewell()
 
