@@ -102,13 +102,14 @@ def serve(settings: ServerSettings) -> int:
     workers, processes = settings.workers(cpus), settings.process_count(cpus)
     warn_of_descriptors(math.ceil(workers / max(1, processes)), raise_descriptor_limit())
     try:
+        # The store comes last: it may be given a total, which a start that fails must not do.
         shared = Shared(
-            settings,
-            listen(settings.host, settings.port, settings.backlog),
-            make_keeper(settings, processes),
-            make_certificates(settings),
-            Slots(max(1, processes)),
-            listen_admin(settings),
+            settings=settings,
+            slots=Slots(max(1, processes)),
+            listener=listen(settings.host, settings.port, settings.backlog),
+            admin=listen_admin(settings),
+            certificates=make_certificates(settings),
+            keeper=make_keeper(settings, processes),
         )
     except (OSError, StoreError, CertificateError) as error:
         return fail(str(error), EXIT_CANNOT_START)

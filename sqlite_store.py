@@ -82,6 +82,8 @@ class SqliteStore(Store):
             raise StoreError(f"cannot use {self._path}: there is no such folder")
         if os.path.isdir(self._path):
             raise StoreError(f"cannot use {self._path}: it is a folder; name a file in it")
+        if os.path.exists(self._path) and not os.path.isfile(self._path):
+            raise StoreError(f"cannot use {self._path}: it is not a regular file; name another")
         if os.path.exists(self._path) and os.path.getsize(self._path):
             self._check_shape()
         self._lock = _open_lock(self._path)

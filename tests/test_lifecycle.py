@@ -105,3 +105,23 @@ def test_the_commands_that_the_documents_list_for_an_acl_are_enough() -> None:
             with server.connect() as peer:
                 assert peer.add(4) == 4
             assert server.stop() == (4, 1)
+
+
+def test_a_start_that_fails_leaves_a_new_store_without_the_total_it_was_to_have(
+    tmp_path: Path,
+) -> None:
+    store = ["--store", f"sqlite:{tmp_path}/counter.db", "--setTotal", "5"]
+    with Command("server.py", "--port", "0", *store, "--adminPort", "0", "--adminHost", "?") as it:
+        assert it.finish() == 1
+        assert "--adminHost" in it.errors()
+    with ServerCommand(*store) as server:
+        assert server.stop() == (5, 0)
+
+
+def test_a_store_that_is_no_file_is_refused_and_nothing_is_put_beside_it(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with Command("server.py", "--port", "0", "--store", f"sqlite:{pipe}") as it:
+        assert it.finish() == 1
+        assert "not a regular file" in it.errors()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
