@@ -6,7 +6,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends libatomic1 && r
 WORKDIR /app
 COPY requirements.txt .
 RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
-COPY *.py *.html ./
+COPY server.py client.py protocol.py ./
+COPY counter ./counter
 RUN python -m compileall -q .
 
 USER 10001:10001

@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     import ssl
 
-    from settings import ClientSettings
+    from counter.options.parser import ClientSettings
 
 __all__ = [
     "AddressError",
@@ -339,7 +339,7 @@ def _explain_tls(error: OSError) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
-    from certificates import CertificateError
+    from counter.tls.certificates import CertificateError
 
     try:
         return _run(arguments)
@@ -350,8 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    from log import configure_log
-    from settings import ClientSettings, read_settings
+    from counter.options.parser import ClientSettings, read_settings
+    from counter.system.log import configure_log
 
     settings = read_settings(
         ClientSettings, "client.py", "Load a counter server, or ask it once.", arguments
@@ -381,18 +381,18 @@ def _tls_context(settings: ClientSettings) -> ssl.SSLContext | None:
     """The context that the settings ask for, None for a plain connection; CertificateError."""
     if not settings.wants_tls():
         return None
-    from tls import client_context
+    from counter.tls.session import client_context
 
     return client_context(settings)
 
 
 def _load(settings: ClientSettings) -> int:
-    import outputs
-    import report
-    from machine import available_cpus, raise_descriptor_limit
-    from progress import ProgressBar
-    from run import LoadProcessDied, run_load
-    from thresholds import hold
+    from counter.load.run import LoadProcessDied, run_load
+    from counter.report import files as outputs
+    from counter.report import report
+    from counter.report.progress import ProgressBar
+    from counter.report.thresholds import hold
+    from counter.system.limits import available_cpus, raise_descriptor_limit
 
     try:
         outputs.check(settings)

@@ -1,8 +1,8 @@
 """python server.py: one exact total that any number of connections add to.
 
 Here is the command: what the processes of one server share, what each of them does from its first
-line to its last, and what signals mean. Serving itself is serving.py's; how processes are kept
-alive is prefork.py's.
+line to its last, and what signals mean. Serving itself is counter/serving's; how processes are kept
+alive is counter/processes'.
 """
 
 from __future__ import annotations
@@ -22,13 +22,10 @@ try:
     import gevent
     from gevent.event import Event
 
-    from certificates import CertificateError, Certificates, Snapshot, check_aside, check_here
-    from diagnosis import dump, dump_stacks
-    from keeper import Keeper, make_keeper
-    from log import configure_log
-    from machine import available_cpus, raise_descriptor_limit
-    from notify import notify, notify_reloading
-    from prefork import (
+    from counter.admin.dump import dump, dump_stacks
+    from counter.admin.status import Status
+    from counter.options.parser import EXIT_USAGE, ServerSettings, read_settings
+    from counter.processes.master import (
         CUT_SIGNAL,
         EXIT_CANNOT_BOOT,
         CannotBoot,
@@ -37,17 +34,26 @@ try:
         split_evenly,
         stop_on_signals,
     )
-    from protocol import format_address
-    from serving import CounterServer
-    from settings import EXIT_USAGE, ServerSettings, read_settings
-    from slots import (
+    from counter.processes.slots import (
         PID,
         REQUESTS,
         Slots,
     )
-    from sockets import listen
-    from status import Status
-    from stores import StoreError
+    from counter.serving.server import CounterServer
+    from counter.system.limits import available_cpus, raise_descriptor_limit
+    from counter.system.log import configure_log
+    from counter.system.sockets import listen
+    from counter.system.systemd import notify, notify_reloading
+    from counter.tls.certificates import (
+        CertificateError,
+        Certificates,
+        Snapshot,
+        check_aside,
+        check_here,
+    )
+    from counter.totals.keeper import Keeper, make_keeper
+    from counter.totals.store import StoreError
+    from protocol import format_address
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -233,7 +239,7 @@ def serve_here(
     if shared.admin and not is_alone:
         shared.admin.close()  # it is the admin process's
     elif shared.admin:
-        from admin import Admin
+        from counter.admin.http import Admin
 
         admin = Admin(shared.admin, shared.status())
         admin.start()
@@ -262,7 +268,7 @@ def serve_admin(shared: Shared, ready: Callable[[], None]) -> None:
     from gevent import monkey
 
     monkey.patch_all()
-    from admin import Admin
+    from counter.admin.http import Admin
 
     assert shared.admin is not None
     # Whoever holds it keeps the port open.

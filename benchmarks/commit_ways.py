@@ -40,7 +40,7 @@ from results import Case, Results, markdown_table, rate_text, ratio_text, three_
 
 sys.path.insert(0, str(peers.ROOT))
 
-import group_commit
+from counter.serving import group_commit
 
 CASES: Final = (
     Case("40", "40 connections", (), ("native", "pool", "loop")),

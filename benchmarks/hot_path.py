@@ -21,12 +21,12 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from connection import LARGE_READ, SMALL_READ, Connection
-from counter import Counter, MemoryCounter, make_shared_counter
+from counter.options.parser import ServerSettings
+from counter.serving.connection import LARGE_READ, SMALL_READ, Connection
+from counter.serving.server import CounterServer
+from counter.system.sockets import listen
+from counter.totals.counter import Counter, MemoryCounter, make_shared_counter
 from protocol import REPLY_SIZE, encode_frame
-from serving import CounterServer
-from settings import ServerSettings
-from sockets import listen
 
 CONNECTIONS: Final = 40
 ROUNDS: Final = 7

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import (
+from kit.harness import (
     ROOT,
     Command,
     ScriptedServer,

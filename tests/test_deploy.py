@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import PATIENCE_S, ROOT, Command, ServerCommand, wait_until
-from settings import ServerSettings, read_settings
+from counter.options.parser import ServerSettings, read_settings
+from kit.harness import PATIENCE_S, ROOT, Command, ServerCommand, wait_until
 
 PROCESSES = pytest.mark.parametrize("processes", ["0", "2"])
 
@@ -111,7 +111,7 @@ def test_sigusr1_writes_settings_counts_and_stacks_and_stops_nothing(processes: 
 
 
 def test_sigusr1_shows_no_password(tmp_path: Path) -> None:
-    from redis_server import RedisServer
+    from kit.redis_server import RedisServer
 
     with RedisServer() as redis:
         assert redis.ask("CONFIG", "SET", "requirepass", "hushhush")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from certificates_kit import kit
-from harness import ROOT, Command, ServerCommand
-from redis_server import RedisServer
-from settings import ClientSettings, ServerSettings
+from counter.options.parser import ClientSettings, ServerSettings
+from kit.certificates import kit
+from kit.harness import ROOT, Command, ServerCommand
+from kit.redis_server import RedisServer
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 

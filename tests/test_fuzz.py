@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh64_digest
 
-from certificates_kit import SplitPeer, TlsPeer, kit
-from harness import Peer, ServerCommand, children
-from hostile import memory_kb
+from kit.certificates import SplitPeer, TlsPeer, kit
+from kit.harness import Peer, ServerCommand, children
+from kit.hostile import memory_kb
 
 LONG = os.environ.get("LONG") == "1"
 FRAMES = 1000  # of a stream

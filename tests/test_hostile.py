@@ -27,8 +27,8 @@ from typing import Any
 import pytest
 
 from client import ConnectError, CounterClient, OutcomeUnknown
-from harness import ROOT, Command, Peer, ServerCommand, children, wait_until
-from hostile import WAYS, memory_kb, nuisances
+from kit.harness import ROOT, Command, Peer, ServerCommand, children, wait_until
+from kit.hostile import WAYS, memory_kb, nuisances
 from protocol import encode_frame, parse_address
 
 LONG = os.environ.get("LONG") == "1"

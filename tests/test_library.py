@@ -14,7 +14,7 @@ from itertools import chain
 import pytest
 
 from client import ConnectError, CounterClient, CounterError, OutcomeUnknown
-from harness import ROOT, ScriptedServer, ServerCommand, receive_exactly
+from kit.harness import ROOT, ScriptedServer, ServerCommand, receive_exactly
 from protocol import AmountError, encode_frame, encode_total, parse_address
 
 

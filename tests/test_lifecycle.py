@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from test_admin import AdminServer
 
-from harness import ROOT, Command, ServerCommand, wait_until
-from redis_server import RedisServer
+from kit.harness import ROOT, Command, ServerCommand, wait_until
+from kit.redis_server import RedisServer
 
 PROCESSES = pytest.mark.parametrize("processes", ["0", "2"])
 

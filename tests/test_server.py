@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import (
+from kit.harness import (
     ROOT,
     Command,
     Peer,
@@ -383,10 +383,10 @@ def test_running_out_of_descriptors_is_logged_once_survived_and_recovered_from()
 def test_replies_do_not_wait_and_a_peer_that_vanished_is_found() -> None:
     check = """
 import socket, gevent
-from counter import MemoryCounter
-from serving import CounterServer
-from sockets import listen
-from settings import ServerSettings
+from counter.totals.counter import MemoryCounter
+from counter.serving.server import CounterServer
+from counter.system.sockets import listen
+from counter.options.parser import ServerSettings
 server = CounterServer(listen("127.0.0.1", 0, 1), MemoryCounter(), 1, ServerSettings())
 server.start()
 with socket.create_connection(server.address):

@@ -1,0 +1,1 @@
+"""The load generator: a run, its processes and connections, the schedule, the recording."""

@@ -1,0 +1,1 @@
+"""Processes: forked, kept alive, stopped in order; the memory they share."""

@@ -1,0 +1,1 @@
+"""Is a recorded history exact? Pure: no socket, no clock, no process."""

@@ -1,0 +1,1 @@
+"""A result judged and shown: table, JSON, page, percentiles, charts, thresholds, progress."""

@@ -1,0 +1,1 @@
+"""One serving process: accepting, connections, the turn, deadlines, drain, TLS, group commit."""

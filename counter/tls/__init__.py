@@ -1,0 +1,1 @@
+"""TLS without sockets, and certificates as they were at one moment."""

@@ -1,0 +1,1 @@
+"""What is read and answered together in one turn of the loop, many frames at a time."""

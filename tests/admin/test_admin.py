@@ -1,0 +1,246 @@
+"""The admin port: what it answers, to whom, and while what."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from kit.harness import (
+    Command,
+    Peer,
+    ServerCommand,
+    children,
+    is_alive,
+    peers,
+    wait_until,
+)
+from kit.redis_server import RedisServer
+from protocol import encode_frame
+from test_server import fill
+
+PROCESSES = pytest.mark.parametrize("processes", ["0", "2"])
+
+
+class AdminServer(ServerCommand):
+    """python server.py with an admin port on a free port."""
+
+    def __init__(self, *arguments: str, workers: int | None = None) -> None:
+        super().__init__("--adminPort", "0", *arguments, workers=workers)
+        line = self.error_line_with("the admin port is at ")
+        self.admin = line.split()[-1]
+
+    def __enter__(self) -> AdminServer:
+        return self
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and text of an address."""
+        try:
+            with urllib.request.urlopen(self.admin + path, timeout=20) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def metric(self, name: str) -> float:
+        """The value of one metric, with its labels as they are written."""
+        lines = self.get("metrics")[1].splitlines()
+        (value,) = [line.split()[-1] for line in lines if line.startswith(name + " ")]
+        return float(value)
+
+
+@contextmanager
+def full(server: AdminServer, waiting: int) -> Iterator[None]:
+    """Takes every worker, and has so many connections wait."""
+    with peers(server.address, server.workers) as taken:
+        for peer in taken:
+            peer.add(0)
+        with peers(server.address, waiting):
+            wait_until(
+                lambda: json.loads(server.get("status")[1])["waiting"] >= waiting, "they wait"
+            )
+            yield
+
+
+@PROCESSES
+def test_a_server_that_serves_is_alive_and_ready(processes: str) -> None:
+    with AdminServer("--processes", processes) as server:
+        assert server.get("livez") == (200, "ok\n")
+        assert server.get("readyz") == (200, "ok\n")
+        assert server.stop() == (0, 0)
+
+
+@PROCESSES
+def test_the_total_is_exact_text(processes: str) -> None:
+    with AdminServer("--processes", processes, "--setTotal", str(2**64 - 10)) as server:
+        with server.connect() as peer:
+            peer.add(5)
+        status, text = server.get("total")
+        assert (status, json.loads(text)) == (200, {"total": str(2**64 - 5), "age_s": 0.0})
+        assert server.metric("counter_value") == (2**64 - 5) % 2**53
+
+
+@PROCESSES
+def test_it_answers_while_every_worker_is_taken_and_connections_wait(processes: str) -> None:
+    with AdminServer("--processes", processes, workers=4) as server, full(server, 30):
+        for path in ("livez", "readyz", "total", "metrics", "status", ""):
+            assert server.get(path)[0] == 200
+        assert server.metric("counter_pool_full") == 1
+        assert server.metric("counter_connections") == 4
+        assert server.metric("counter_workers") == 4
+        assert server.metric("counter_waiting_connections") >= 30
+
+
+@PROCESSES
+def test_metrics_agree_with_the_client_to_the_last_request(processes: str) -> None:
+    with AdminServer("--processes", processes) as server:
+        client = Command(
+            "client.py", "--serverAddress", server.address, "--requests", "3000", "--connections",
+            "7", "--warmup", "0", "--pipeline", "5", "--json", "-",
+        )  # fmt: skip
+        with client:
+            result = json.loads(client.output())
+            assert client.finish() == 0
+        assert server.metric("counter_requests_total") == result["answered"]
+        assert server.metric("counter_value") == int(result["total_after"])
+        assert server.metric("counter_frames_per_read_sum") == result["answered"]
+        assert 0 < server.metric("counter_frames_per_read_count") <= result["answered"]
+        assert server.metric("counter_connections_total") == 9  # two of them read the total
+
+
+def test_a_killed_process_leaves_its_counts_and_no_gauges() -> None:
+    with AdminServer("--processes", "2") as server:
+        with peers(server.address, 8) as connected:
+            for peer in connected:
+                peer.add(1)
+            states = json.loads(server.get("status")[1])["processes"]
+            busiest = max(states, key=lambda state: state["requests"])
+            os.kill(busiest["pid"], signal.SIGKILL)
+            wait_until(
+                lambda: server.metric("counter_process_restarts_total") == 1, "it is replaced"
+            )
+            assert server.metric("counter_requests_total") == 8
+            assert server.metric("counter_connections") == 8 - busiest["connections"]
+            wait_until(lambda: server.get("readyz")[0] == 200, "it is ready")
+        assert server.stop()[0] == 8
+
+
+def test_a_killed_admin_process_is_replaced() -> None:
+    with AdminServer("--processes", "2") as server:
+        serving = {state["pid"] for state in json.loads(server.get("status")[1])["processes"]}
+        (admin,) = set(children(server.process.pid)) - serving
+        os.kill(admin, signal.SIGKILL)
+        wait_until(lambda: not is_alive(admin), "it is dead")
+        assert server.get("livez") == (200, "ok\n")
+        with server.connect() as peer:
+            assert peer.add(1) == 1
+
+
+def test_what_was_refused_is_counted_by_reason() -> None:
+    with AdminServer("--maxIncrement", "5", "--frameTimeout", "100ms") as server:
+        for sent in (b"c" * 16, encode_frame(6), b"abc"):
+            with server.connect() as peer:
+                peer.send(sent)
+                peer.expect_eof()
+        for reason in ("checksum", "limit", "incomplete"):
+            assert server.metric(f'counter_refused_frames_total{{reason="{reason}"}}') == 1
+
+
+@PROCESSES
+def test_a_server_that_drains_is_not_ready_and_says_so(processes: str) -> None:
+    with AdminServer("--processes", processes, "--drainTimeout", "20s") as server:
+        with server.connect() as peer:
+            fill(peer)  # it does not read its replies, so that the drain waits for it
+            server.signal(signal.SIGTERM)
+            draining = 503, "draining: the server is stopping\n"
+            wait_until(lambda: server.get("readyz") == draining, "it is not ready, and says why")
+            assert server.get("livez")[0] == 200
+        server.farewell()
+
+
+def test_a_server_whose_store_is_away_is_not_ready_until_it_is_back() -> None:
+    with RedisServer() as redis:
+        with AdminServer("--store", redis.url(), "--processes", "2") as server:
+            with server.connect() as peer:
+                assert peer.add(3) == 3
+            redis.pause()
+            # Nobody asks for anything: the server finds out by itself.
+            wait_until(lambda: server.get("readyz")[0] == 503, "the outage shows")
+            assert "is away since" in server.get("readyz")[1]
+            assert json.loads(server.get("total")[1])["total"] == "3"
+            redis.resume()
+            wait_until(lambda: server.get("readyz")[0] == 200, "it is back")
+            assert server.metric("counter_commit_seconds_count") > 0
+            assert server.stop()[0] == 3
+
+
+def test_a_total_that_others_raise_is_seen_without_requests_of_our_own() -> None:
+    with RedisServer() as redis:
+        with (
+            AdminServer("--store", redis.url()) as idle,
+            ServerCommand("--store", redis.url()) as busy,
+        ):
+            with busy.connect() as peer:
+                peer.add(7)
+            wait_until(lambda: json.loads(idle.get("total")[1])["total"] == "7", "it is seen")
+
+
+def test_unknown_addresses_and_methods_are_refused_with_what_there_is() -> None:
+    with AdminServer("--processes", "1") as server:
+        status, text = server.get("nothing")
+        assert status == 404
+        assert "/metrics" in text
+        request = urllib.request.Request(server.admin + "total", data=b"5", method="POST")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=20)
+        assert refused.value.code == 405
+        refused.value.close()
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_has_numbers_without_its_script() -> None:
+    with AdminServer("--processes", "1", "--setTotal", "16423170") as server:
+        status, page = server.get("")
+    assert status == 200
+    assert "16,423,170" in page
+    assert not re.search(r"(src|href)=[\"'](?!data:)", page)
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_an_admin_port_that_is_taken_is_one_line_and_exit_1() -> None:
+    with AdminServer("--processes", "1") as server:
+        port = server.admin.rstrip("/").rpartition(":")[2]
+        with Command("server.py", "--port", "0", "--adminPort", port) as second:
+            assert second.finish() == 1
+            (line,) = second.errors().splitlines()
+            assert "admin port" in line
+            assert "already in use" in line
+
+
+def test_the_ports_are_free_when_the_server_has_ended() -> None:
+    with AdminServer("--processes", "2") as server:
+        port = server.admin.rstrip("/").rpartition(":")[2]
+        server.stop()
+        with ServerCommand("--adminPort", port, port=server.address.rpartition(":")[2]):
+            pass
+
+
+def test_prometheus_own_tool_finds_nothing_wrong_with_the_metrics() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    with AdminServer("--processes", "2") as server:
+        with Peer(server.address) as peer:
+            peer.add(1)
+        text = server.get("metrics")[1]
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=text, text=True, capture_output=True
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
