@@ -339,7 +339,7 @@ def _explain_tls(error: OSError) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
-    from counter.tls.certificates import CertificateError
+    from counter.tls.snapshot import CertificateError
 
     try:
         return _run(arguments)
@@ -381,7 +381,7 @@ def _tls_context(settings: ClientSettings) -> ssl.SSLContext | None:
     """The context that the settings ask for, None for a plain connection; CertificateError."""
     if not settings.wants_tls():
         return None
-    from counter.tls.session import client_context
+    from counter.tls.contexts import client_context
 
     return client_context(settings)
 

@@ -25,7 +25,8 @@ from counter.options.parser import ServerSettings
 from counter.serving.connection import LARGE_READ, SMALL_READ, Connection
 from counter.serving.server import CounterServer
 from counter.system.sockets import listen
-from counter.totals.counter import Counter, MemoryCounter, make_shared_counter
+from counter.totals.counter import Counter
+from counter.totals.memory import MemoryCounter, make_shared_counter
 from protocol import REPLY_SIZE, encode_frame
 
 CONNECTIONS: Final = 40

@@ -383,7 +383,7 @@ def test_running_out_of_descriptors_is_logged_once_survived_and_recovered_from()
 def test_replies_do_not_wait_and_a_peer_that_vanished_is_found() -> None:
     check = """
 import socket, gevent
-from counter.totals.counter import MemoryCounter
+from counter.totals.memory import MemoryCounter
 from counter.serving.server import CounterServer
 from counter.system.sockets import listen
 from counter.options.parser import ServerSettings
