@@ -24,7 +24,8 @@ try:
 
     from counter.admin.dump import dump, dump_stacks
     from counter.admin.status import Status
-    from counter.options.parser import EXIT_USAGE, ServerSettings, read_settings
+    from counter.options.parser import read_settings
+    from counter.options.server import ServerSettings
     from counter.processes.master import (
         CUT_SIGNAL,
         EXIT_CANNOT_BOOT,
@@ -351,17 +352,8 @@ def fail(message: str, code: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
-    settings = read_settings(
-        ServerSettings,
-        "server.py",
-        "A shared counter: one exact total, added to over TCP.",
-        arguments,
-    )
+    settings = read_settings(ServerSettings, arguments)
     configure_log(settings.log_level, settings.log_format)
-    if bool(settings.tls_cert) != bool(settings.tls_key):
-        return fail("--tlsCert and --tlsKey need each other; give both", EXIT_USAGE)
-    if settings.tls_client_ca and not settings.tls_cert:
-        return fail("--tlsClientCA needs --tlsCert and --tlsKey", EXIT_USAGE)
     stop_on_signals()
     try:
         return serve(settings)

@@ -11,7 +11,7 @@ import sys
 from dataclasses import fields
 
 from counter.admin.status import Status
-from counter.options.parser import ServerSettings
+from counter.options.server import ServerSettings
 from counter.options.values import masked
 
 

@@ -16,7 +16,7 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.options.values import masked
 from counter.proof.verify import EXPLAINED, IMPOSSIBLE, PROVED
 from counter.report import charts

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.proof.verify import IMPOSSIBLE, Proof
 from counter.results.result import CHECKABLE_SUM, PROCESS_DIED, Histogram, Result
 from protocol import TOTAL_MASK

@@ -12,7 +12,7 @@ import ssl
 from contextlib import suppress
 from typing import IO, Final
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.tls.certificates import CertificateError, Snapshot
 
 RECORD_HEADER: Final = 5

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import Final
 
-from counter.options.parser import ServerSettings
+from counter.options.server import ServerSettings
 from counter.options.values import Seconds
 from counter.processes.master import ChildError, Stopped, ask_child
 from counter.processes.slots import Slots

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from counter.options.parser import ServerSettings
+from counter.options.server import ServerSettings
 from counter.options.values import Seconds, parse_store
 from counter.processes.master import ChildError, ask_child
 from counter.processes.slots import TOTAL, TOTAL_AT_MS, Slots
