@@ -101,7 +101,7 @@ def test_sigusr1_writes_settings_counts_and_stacks_and_stops_nothing(processes: 
             peer.add(5)
             server.signal(signal.SIGUSR1)
             server.error_line_with("SIGUSR1")
-            server.error_line_with("max_increment = 77")
+            server.error_line_with("--maxIncrement = 77")
             assert '"total": "5"' in server.error_line_with('"total"')
             for _ in range(max(1, int(processes))):
                 server.error_line_with("* Greenlets")
@@ -117,7 +117,7 @@ def test_sigusr1_shows_no_password(tmp_path: Path) -> None:
         url = redis.url().replace("redis://", "redis://:hushhush@")
         with ServerCommand("--store", url, "--processes", "0") as server:
             server.signal(signal.SIGUSR1)
-            assert "***" in server.error_line_with("store = ")
+            assert "***" in server.error_line_with("--store = ")
             server.stop()
             assert "hushhush" not in server.errors()
 

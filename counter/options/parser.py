@@ -24,6 +24,7 @@ import configargparse
 from configargparse import ConfigFileParserException
 
 from counter.options.declare import RUNNING, Settings
+from counter.options.shown import config_lines, one_line
 from counter.options.values import masked
 
 EXIT_USAGE: Final = 2
@@ -67,7 +68,7 @@ def read_settings(
         parser.refuse_unknown(unknown)
     settings = record(**{f.name: getattr(values, f.name) for f in fields(record)})
     if values.print_config:
-        _show(record.program, "\n".join(_config_lines(parser, settings)) + "\n")
+        _show(record.program, "\n".join(config_lines(settings, parser.origins())) + "\n")
         sys.exit(0)
     given = [name for name, origin in parser.origins().items() if origin == _ARGUMENTS]
     if conflict := settings.conflict(given):
@@ -126,7 +127,7 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
             name, origin = "/".join(action.option_strings), origins.get(action.dest, _ARGUMENTS)
             if message.startswith(f"argument {name}:") and origin != _ARGUMENTS:
                 message += f" (from {origin})"
-        message = _one_line(masked(message))
+        message = one_line(masked(message))
         sys.stderr.write(f"{self.prog}: {message}; {self.prog} --help lists all options\n")
         sys.exit(EXIT_USAGE)
 
@@ -218,29 +219,3 @@ def _add_option(group: Any, declared: Field[Any], prefix: str) -> None:
         env_var=prefix + kebab.lstrip("-").replace("-", "_").upper(),
         **extra,
     )
-
-
-def _config_lines(parser: _Parser, settings: Settings) -> list[str]:
-    """Every value as a line that a config file takes, with its origin behind it."""
-    origins = parser.origins()
-    lines = []
-    for declared in fields(settings):
-        key, value = declared.metadata["flag"].lstrip("-"), getattr(settings, declared.name)
-        origin = origins.get(declared.name, "default")
-        if value is None or value == ():
-            lines.append(f"# {key} is not set  # {origin}")
-        else:
-            text = str(value).lower() if isinstance(value, bool) else _quoted(masked(str(value)))
-            lines.append(f"{key} = {text}  # {origin}")
-    return [_one_line(line) for line in lines]
-
-
-def _quoted(text: str) -> str:
-    """The text as a value of a config file, in quotes if it would be read otherwise without."""
-    quote = "'" if '"' in text else '"'
-    return text if re.fullmatch(r"[^\s#;'\"]+", text) else f"{quote}{text}{quote}"
-
-
-def _one_line(text: str) -> str:
-    """The text with what does not print, line ends among it, as Python writes it."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
