@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -202,9 +201,9 @@ class Unsupervised(ServingProcess):
         self._shared = shared
         self._admin: Admin | None = None
 
-    def run(self, ready: Callable[[], None] | None = None) -> None:
+    def serve(self) -> None:
         """Serves until a signal ends it, and drains."""
-        super().run(ready or self._announce)
+        self.run(self._announce)
         stop_on_signals()  # gevent has reset them
 
     def _announce(self) -> None:
@@ -266,7 +265,7 @@ def serve(settings: ServerSettings) -> int:
         except CannotBoot as error:
             return fail(str(error), EXIT_CANNOT_BOOT)
     else:
-        Unsupervised(shared).run()
+        Unsupervised(shared).serve()
     say(f"Counter value: {shared.keeper.last_total(shared.slots):,}")
     say(f"Server stopped after processing total requests: {shared.slots.sum(REQUESTS):,}")
     return 0

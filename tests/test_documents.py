@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from counter.options.parser import ClientSettings, ServerSettings
+from counter.options.client import ClientSettings
+from counter.options.server import ServerSettings
 from kit.certificates import kit
 from kit.harness import ROOT, Command, ServerCommand
 from kit.redis_server import RedisServer

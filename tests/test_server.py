@@ -386,7 +386,7 @@ import socket, gevent
 from counter.totals.memory import MemoryCounter
 from counter.serving.server import CounterServer
 from counter.system.sockets import listen
-from counter.options.parser import ServerSettings
+from counter.options.server import ServerSettings
 server = CounterServer(listen("127.0.0.1", 0, 1), MemoryCounter(), 1, ServerSettings())
 server.start()
 with socket.create_connection(server.address):

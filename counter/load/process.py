@@ -29,7 +29,7 @@ from gevent.socket import socket as cooperative_socket
 from gevent.socket import wait_read
 
 from counter.load.schedule import Pace
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.results.result import CHECKABLE_SUM, WRONG_KEPT, Result
 from counter.results.timeline import Recorder
 from counter.tls.contexts import client_context

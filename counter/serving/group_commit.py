@@ -152,13 +152,18 @@ class GroupCommit(Additions):
         if self.is_busy:
             if now - self._started_at >= SILENT_S:
                 self._outage.begin(f"no answer for {SILENT_S:g} s")
-        elif self._state in (State.IDLE, State.GATHERING) and now - self._ended_at >= HEARTBEAT_S:
+        elif self.is_idle and now - self._ended_at >= HEARTBEAT_S:
             self._start()
 
     def close(self) -> None:
         """Ends when the store has ended what it is at; nothing more is committed."""
         self._enter(State.CLOSED)
         self._caller.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the store has nothing to do, now or when some time has passed."""
+        return self._state in (State.IDLE, State.GATHERING)
 
     @property
     def is_busy(self) -> bool:

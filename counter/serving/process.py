@@ -16,7 +16,7 @@ import gevent
 from gevent import monkey
 from gevent.event import Event
 
-from counter.options.parser import ServerSettings
+from counter.options.server import ServerSettings
 from counter.processes.signals import CUT_SIGNAL
 from counter.processes.slots import Slots
 from counter.serving.server import CounterServer

@@ -21,7 +21,7 @@ from gevent.event import Event
 from gevent.pool import Pool
 from gevent.server import StreamServer
 
-from counter.options.parser import ServerSettings
+from counter.options.server import ServerSettings
 from counter.options.values import Seconds
 from counter.processes.slots import (
     CONNECTIONS,

@@ -8,4 +8,5 @@ _MOST_DOUBLINGS = 10
 
 def backoff_s(failures: int, first_s: float, last_s: float) -> float:
     """Seconds to wait after so many failures in a row, from 1: doubled each time up to `last_s`."""
-    return min(last_s, first_s * 2 ** min(failures - 1, _MOST_DOUBLINGS))
+    doublings: float = 2.0 ** min(failures - 1, _MOST_DOUBLINGS)
+    return min(last_s, first_s * doublings)

@@ -10,7 +10,7 @@ import os
 import ssl
 from typing import IO, Final
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.tls.session import reason
 from counter.tls.snapshot import CertificateError, Snapshot
 

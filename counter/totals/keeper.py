@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from contextlib import closing
 from typing import Final
 
-from counter.options.parser import ServerSettings
+from counter.options.server import ServerSettings
 from counter.options.values import Seconds, StoreAddress
 from counter.processes.child import ChildError, ask_child
 from counter.processes.signals import Stopped

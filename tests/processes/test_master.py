@@ -224,9 +224,9 @@ def add_random(address: str, seed: str, stop: threading.Event, outcome: Outcome)
 
 def test_without_libatomic_the_total_is_as_exact_and_the_log_says_so() -> None:
     script = (
-        "import counter, server, sys\n"
+        "import counter.totals.memory, server, sys\n"
         "def missing(*_): raise OSError('no libatomic')\n"
-        "counter.AtomicCounter.__init__ = missing\n"
+        "counter.totals.memory.AtomicCounter.__init__ = missing\n"
         "sys.exit(server.main(['--port', '0', '--processes', '3']))\n"
     )
     with Command("-c", script) as server:
@@ -286,17 +286,26 @@ while True: time.sleep(60)
 
 MASTER = """
 import os, signal, sys, time
+from counter.processes.child import Child
 from counter.processes.master import CannotBoot, Master
 
 def serve(index, ready):
 {serve}
 
-def on_ready():
-    print("ready", flush=True)
+class Serving(Child):
+    name = "serving process"
+    def __init__(self, index): self.index = index
+    def live(self, ready): return serve(self.index, ready)
 
-master = Master(2, serve, 0.5, lambda index: None)
+class Program:
+    def on_ready(self): print("ready", flush=True)
+    def on_stop(self): pass
+    def on_reload(self): return False
+    def on_dump(self): pass
+
+master = Master([Serving(0), Serving(1)], 0.5, Program())
 try:
-    master.run(on_ready, lambda: None)
+    master.run()
 except CannotBoot as error:
     print(error)
     sys.exit(3)
