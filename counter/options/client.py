@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from typing import Final
 
 from counter.options.declare import RUNNING, Settings, option
 from counter.options.values import (
@@ -24,6 +25,9 @@ from counter.options.values import (
 
 _TARGET, _TLS, _LOAD = "the server", "encryption", "the load"
 _ONCE, _REPORT = "one request, for shells", "the report"
+
+# Of a run that nothing bounds: a minute, in which the machine's own ups and downs show as well.
+_DEFAULT_DURATION: Final = Seconds(60)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,7 @@ class ClientSettings(Settings):
         "measured time",
         parse=parse_seconds(0.001),
         metavar="TIME",
-        shown_default="1m, or no limit with --requests",
+        shown_default=f"{_DEFAULT_DURATION}, or no limit with --requests",
     )
     requests: int | None = option(
         "--requests",
@@ -204,6 +208,13 @@ class ClientSettings(Settings):
         parse=parse_choice("text", "json"),
         metavar="FORMAT",
     )
+
+    @property
+    def planned_duration_s(self) -> float | None:
+        """How long the measured part is to last, None where the requests alone bound it."""
+        if self.duration_s is None and self.requests is None:
+            return _DEFAULT_DURATION
+        return self.duration_s
 
     def conflict(self, on_command_line: Collection[str]) -> str | None:
         """As Settings has it."""

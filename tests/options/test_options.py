@@ -543,6 +543,21 @@ def test_processes_are_whole_cpus_and_never_more_than_workers(
     assert settings.process_count(cpus) == processes
 
 
+@pytest.mark.parametrize(
+    ("arguments", "planned_s"),
+    [
+        ([], 60),
+        (["--duration", "5s"], 5),
+        (["--requests", "100"], None),
+        (["--requests", "100", "--duration", "5s"], 5),
+    ],
+)
+def test_a_run_that_nothing_bounds_is_planned_for_a_minute(
+    arguments: list[str], planned_s: float | None
+) -> None:
+    assert read_client(*arguments).planned_duration_s == planned_s
+
+
 # Refusals
 
 
