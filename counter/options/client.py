@@ -9,10 +9,10 @@ from typing import Final
 from counter.options.declare import RUNNING, Settings, option
 from counter.options.values import (
     Address,
-    Amounts,
+    AmountRange,
     Seconds,
     Thresholds,
-    parse_amounts,
+    parse_amount_range,
     parse_choice,
     parse_proof,
     parse_rate,
@@ -131,12 +131,12 @@ class ClientSettings(Settings):
         default=0.0,
         parse=parse_rate,
     )
-    amount: Amounts = option(
+    amount: AmountRange = option(
         "--amount",
         _LOAD,
         "amount of each addition: a number, or LOW-HIGH drawn uniformly",
-        default=Amounts(1, 1),
-        parse=parse_amounts,
+        default=AmountRange(1, 1),
+        parse=parse_amount_range,
         metavar="AMOUNT",
     )
     processes: int | None = option(

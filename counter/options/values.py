@@ -35,7 +35,7 @@ _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 @dataclass(frozen=True)
-class Amounts:
+class AmountRange:
     """The amounts that the load generator sends: uniform over low..high, both included."""
 
     low: int
@@ -174,19 +174,19 @@ def parse_rate(text: str) -> float:
     return float(text)
 
 
-def parse_amounts(text: str) -> Amounts:
+def parse_amount_range(text: str) -> AmountRange:
     """A number, or `LOW-HIGH`."""
     whole = parse_whole(0)
     low, dash, high = text.partition("-")
     try:
-        amounts = Amounts(whole(low), whole(high if dash else low))
+        amount = AmountRange(whole(low), whole(high if dash else low))
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a whole number of 0 to {MAX_AMOUNT}, nor two of them as LOW-HIGH"
         ) from None
-    if amounts.low > amounts.high:
+    if amount.low > amount.high:
         raise argparse.ArgumentTypeError(f"{text!r}: the lower bound is above the upper one")
-    return amounts
+    return amount
 
 
 def parse_thresholds(text: str) -> Thresholds:

@@ -23,7 +23,7 @@ from counter.options.server import ServerSettings
 from counter.options.values import (
     LONGEST_S,
     Address,
-    Amounts,
+    AmountRange,
     Seconds,
     StoreAddress,
     masked,
@@ -69,7 +69,7 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "warmup_s": ("250ms", 0.25, "3m"),
     "pipeline": ("16", 16, "17"),
     "rate": ("2500.5", 2500.5, "10"),
-    "amount": ("1-1000", Amounts(1, 1000), "5"),
+    "amount": ("1-1000", AmountRange(1, 1000), "5"),
     "processes": ("2", 2, "3"),
     "add": ("5", 5, "6"),
     "read": ("true", True, "false"),
@@ -415,17 +415,17 @@ def test_a_printed_duration_is_read_back_the_same(seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "amounts"),
+    ("text", "amount"),
     [
-        ("1", Amounts(1, 1)),
-        ("0", Amounts(0, 0)),
-        ("1-1000", Amounts(1, 1000)),
-        ("7-7", Amounts(7, 7)),
-        ("0-18446744073709551615", Amounts(0, 2**64 - 1)),
+        ("1", AmountRange(1, 1)),
+        ("0", AmountRange(0, 0)),
+        ("1-1000", AmountRange(1, 1000)),
+        ("7-7", AmountRange(7, 7)),
+        ("0-18446744073709551615", AmountRange(0, 2**64 - 1)),
     ],
 )
-def test_an_amount_is_a_number_or_a_range(text: str, amounts: Amounts) -> None:
-    assert read_client("--amount", text).amount == amounts
+def test_an_amount_is_a_number_or_a_range(text: str, amount: AmountRange) -> None:
+    assert read_client("--amount", text).amount == amount
 
 
 @pytest.mark.parametrize(
