@@ -26,8 +26,8 @@ from configargparse import ConfigFileParserException
 from counter.options.declare import RUNNING, Settings
 from counter.options.shown import config_lines, one_line
 from counter.options.values import masked
-
-EXIT_USAGE: Final = 2
+from counter.system.exits import EXIT_USAGE
+from counter.system.streams import write_result
 
 _ARGUMENTS: Final = "command line"
 
@@ -79,10 +79,8 @@ def read_settings(
 def _show(program: str, text: str) -> None:
     """Writes to standard output; exits 1 where it cannot, without a word where nobody reads on."""
     try:
-        print(text, end="", flush=True)
+        write_result(text)
     except OSError as error:
-        # Otherwise the interpreter tries once more at its end, and prints a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             sys.stderr.write(f"{program}: cannot write to standard output: {error.strerror}\n")
         sys.exit(1)
