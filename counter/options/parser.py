@@ -28,6 +28,7 @@ from counter.options.shown import config_lines, one_line
 from counter.options.values import masked
 from counter.system.exits import EXIT_USAGE
 from counter.system.streams import write_result
+from counter.system.version import VERSION
 
 _ARGUMENTS: Final = "command line"
 
@@ -46,6 +47,20 @@ class _Collect(argparse.Action):
         setattr(namespace, self.dest, type(so_far)((*so_far, *values)))
 
 
+class _ShowVersion(argparse.Action):
+    """An option that writes the version to standard output and ends the program."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        _namespace: argparse.Namespace,
+        _values: Any,
+        _name: str | None = None,
+    ) -> None:
+        _show(parser.prog, f"counter {VERSION}\n")
+        sys.exit(0)
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -57,11 +72,13 @@ def read_settings(
     """The settings of a command from its arguments, the environment and the config file.
 
     `arguments` and `environment` are the process's own unless given. Writes to standard output and
-    exits 0 for --help and --printConfig; exits 2 with one line on standard error for whatever
-    cannot be read.
+    exits 0 for --help, --version and --printConfig; exits 2 with one line on standard error for
+    what cannot be read or contradicts itself.
     """
     env = dict(os.environ) if environment is None else environment
     args = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help", "--version"} & set(args):
+        env = {}  # a bad value there would hide what helps to mend it
     parser = _make_parser(record)
     values, unknown = parser.parse_known_args(args, env_vars=env)
     if unknown:
@@ -192,6 +209,9 @@ def _make_parser(record: type[Settings]) -> _Parser:
         dest="print_config",
         action="store_true",
         help="print every value and where it came from, and end",
+    )
+    groups[RUNNING].add_argument(
+        "--version", action=_ShowVersion, nargs=0, help="print the program's version, and end"
     )
     return parser
 

@@ -30,6 +30,7 @@ from counter.options.values import (
     parse_seconds,
     parse_thresholds,
 )
+from counter.system.version import VERSION
 from kit.harness import ROOT
 
 PROPERTY = settings(deadline=None, derandomize=True)
@@ -817,6 +818,34 @@ def test_a_file_name_with_line_ends_is_printed_in_one_line(
     assert r'json = "a\nprocesses = 2\r"  # command line' in page.splitlines()
 
 
+# Help and version
+
+
+@pytest.mark.parametrize("record", PROGRAMS)
+def test_the_version_is_that_of_the_program(
+    record: type[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_printed(capsys, record, ["--version"]) == f"counter {VERSION}\n"
+    assert "--version " in read_printed(capsys, record, ["--help"])
+
+
+@pytest.mark.parametrize("record", PROGRAMS)
+@pytest.mark.parametrize("flag", ["--help", "-h", "--version"])
+@pytest.mark.parametrize("bad", ["PROCESSES", "CONFIG"])
+def test_a_bad_environment_hides_neither_help_nor_version(
+    record: type[Any], flag: str, bad: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_printed(capsys, record, [flag], {PREFIXES[record] + bad: "/missing"})
+
+
+def test_the_version_is_asked_for_on_the_command_line_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_server(COUNTER_SERVER_VERSION="1.4.2") == ServerSettings()
+    path = write_config(tmp_path, "version = true")
+    assert "argument --version" in read_refusal(capsys, ServerSettings, ["--config", path])
+
+
 # Values that exclude or need each other
 
 
@@ -876,7 +905,7 @@ def test_a_report_that_the_environment_asks_of_every_load_does_not_hinder_a_read
 
 
 @pytest.mark.parametrize("program", ["server.py", "client.py"])
-@pytest.mark.parametrize("flag", ["--help", "--printConfig"])
+@pytest.mark.parametrize("flag", ["--help", "--version", "--printConfig"])
 def test_what_cannot_be_shown_is_exit_1_in_one_line_or_none(program: str, flag: str) -> None:
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
