@@ -4,7 +4,8 @@ Here text is parsed and the environment read, and nowhere else; which options th
 known here. Command line beats environment beats config file beats default. An unknown argument and
 an unknown key of the config file are errors, and abbreviations are not accepted: a misspelt limit
 must not be a missing limit. Variables of the environment that no option has are not looked at,
-because container engines set variables of their own under any prefix.
+because container engines set variables of their own under any prefix; an empty one is unset,
+because they set `NAME=` for what was not given. Every error names where its value came from.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, fields
 from functools import partial
@@ -67,7 +68,7 @@ S = TypeVar("S", bound=Settings)
 def read_settings(
     record: type[S],
     arguments: Sequence[str] | None = None,
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> S:
     """The settings of a command from its arguments, the environment and the config file.
 
@@ -75,7 +76,7 @@ def read_settings(
     exits 0 for --help, --version and --printConfig; exits 2 with one line on standard error for
     what cannot be read or contradicts itself.
     """
-    env = dict(os.environ) if environment is None else environment
+    env = _given(os.environ if environment is None else environment)
     args = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help", "--version"} & set(args):
         env = {}  # a bad value there would hide what helps to mend it
@@ -89,8 +90,17 @@ def read_settings(
         sys.exit(0)
     given = [name for name, origin in parser.origins().items() if origin == _ARGUMENTS]
     if conflict := settings.conflict(given):
-        parser.error(conflict)
+        parser.refuse_conflict(conflict)
     return settings
+
+
+def _given(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that have a value, each without the line end that a file may have left on it.
+
+    An env file from Windows leaves a carriage return on each, a secret made of a file its newline.
+    """
+    values = {name: value.rstrip("\r\n") for name, value in environment.items()}
+    return {name: value for name, value in values.items() if value}
 
 
 def _show(program: str, text: str) -> None:
@@ -137,10 +147,12 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit code 2."""
-        origins = self.origins()
         for action in self._actions:
-            name, origin = "/".join(action.option_strings), origins.get(action.dest, _ARGUMENTS)
-            if message.startswith(f"argument {name}:") and origin != _ARGUMENTS:
+            beginnings = [f"argument {'/'.join(action.option_strings)}:"]
+            if action.dest == "config":
+                beginnings.append("Unable to open config file:")
+            origin = self.origins().get(action.dest, _ARGUMENTS)
+            if message.startswith(tuple(beginnings)) and origin != _ARGUMENTS:
                 message += f" (from {origin})"
         message = one_line(masked(message))
         sys.stderr.write(f"{self.prog}: {message}; {self.prog} --help lists all options\n")
@@ -154,6 +166,15 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
                     path = source.partition("|")[2]
                     self.error(f"config file {path}: unknown key {key!r}{self._nearest(key)}")
         self.error(f"unknown argument {unknown[0]}{self._nearest(unknown[0])}")
+
+    def refuse_conflict(self, conflict: str) -> NoReturn:
+        """Says what contradicts, and where those of the options came from that were not typed."""
+        origins, hidden = self.origins(), []
+        for flag in re.findall(r"--\w+", conflict):
+            origin = origins.get(self._option_string_actions[flag].dest, _ARGUMENTS)
+            if origin != _ARGUMENTS:
+                hidden.append(f"{flag} is from {origin}")
+        self.error(conflict + (f" ({', '.join(hidden)})" if hidden else ""))
 
     def origins(self) -> dict[str, str]:
         """Where each value that is not a default was read, by the name of its field."""

@@ -270,6 +270,27 @@ def test_a_bad_value_in_the_environment_names_the_variable(
     assert option.variable in read_refusal(capsys, option.record, [], {option.variable: "?!"})
 
 
+@pytest.mark.parametrize("empty", ["", "\r", "\n", "\r\n"])
+@every_option
+def test_an_empty_variable_is_unset(option: Option, empty: str, tmp_path: Path) -> None:
+    """Container engines set `NAME=` for what was not given."""
+    text, value, _ = EXAMPLES[option.name]
+    path = write_config(tmp_path, f"{option.flag.lstrip('-')} = {text}")
+    environment = {option.variable: empty, f"{PREFIXES[option.record]}CONFIG": empty}
+    assert read(option.record, [], environment) == option.record()
+    settings = read(option.record, ["--config", path, *option.beside], environment)
+    assert getattr(settings, option.name) == value
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+@every_option
+def test_a_line_end_behind_a_variable_is_none_of_its_value(option: Option, end: str) -> None:
+    """Docker keeps the carriage return of an env file, Kubernetes the newline of a secret."""
+    text, value, _ = EXAMPLES[option.name]
+    settings = read(option.record, option.beside, {option.variable: text + end})
+    assert getattr(settings, option.name) == value
+
+
 def test_the_config_file_can_be_named_in_the_environment(tmp_path: Path) -> None:
     path = write_config(tmp_path, "port = 9000")
     assert read_server(COUNTER_SERVER_CONFIG=path).port == 9000
@@ -651,6 +672,15 @@ def test_a_bad_value_in_the_file_names_the_file_and_the_key(
         assert f"(from file {path})" in line
 
 
+def test_a_config_file_that_is_missing_is_named_with_its_variable(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = read_refusal(capsys, ServerSettings, [], {"COUNTER_SERVER_CONFIG": "/missing"})
+    assert "/missing" in line
+    assert "(from environment COUNTER_SERVER_CONFIG)" in line
+    assert "from environment" not in read_refusal(capsys, ServerSettings, ["--config", "/missing"])
+
+
 def test_what_kubernetes_sets_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     environment = {"COUNTER_SERVER_PORT": "tcp://10.0.0.1:8080"}
     line = read_refusal(capsys, ServerSettings, [], environment)
@@ -866,6 +896,18 @@ def test_values_that_contradict_are_refused_and_can_be_printed(
 ) -> None:
     assert f"{PROGRAMS[record]}: {words}" in read_refusal(capsys, record, arguments)
     assert "not set" in read_printed(capsys, record, [*arguments, "--printConfig"])
+
+
+def test_a_contradiction_names_where_values_came_from_that_were_not_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = {"COUNTER_CLIENT_READ": "true"}
+    line = read_refusal(capsys, ClientSettings, ["--add", "1"], environment)
+    assert "(--read is from environment COUNTER_CLIENT_READ)" in line
+    path = write_config(tmp_path, "tlsCert = a.pem")
+    line = read_refusal(capsys, ServerSettings, ["--config", path], {})
+    assert f"(--tlsCert is from file {path})" in line
+    assert " is from " not in read_refusal(capsys, ClientSettings, ["--add", "1", "--read"])
 
 
 @pytest.mark.parametrize(
