@@ -14,6 +14,7 @@ from counter.options.values import (
     Thresholds,
     parse_amount_range,
     parse_choice,
+    parse_path,
     parse_proof,
     parse_rate,
     parse_seconds,
@@ -72,13 +73,21 @@ class ClientSettings(Settings):
         metavar="true|false",
     )
     tls_ca: str | None = option(
-        "--tlsCA", _TLS, "trust these authorities instead of the system's", metavar="FILE"
+        "--tlsCA",
+        _TLS,
+        "trust these authorities instead of the system's",
+        parse=parse_path,
+        metavar="FILE",
     )
     tls_cert: str | None = option(
-        "--tlsCert", _TLS, "the client's own certificate, for mutual TLS", metavar="FILE"
+        "--tlsCert",
+        _TLS,
+        "the client's own certificate, for mutual TLS",
+        parse=parse_path,
+        metavar="FILE",
     )
     tls_key: str | None = option(
-        "--tlsKey", _TLS, "its private key, without a passphrase", metavar="FILE"
+        "--tlsKey", _TLS, "its private key, without a passphrase", parse=parse_path, metavar="FILE"
     )
     multiplier: int = option(
         "--multiplier",
@@ -159,6 +168,7 @@ class ClientSettings(Settings):
         "--json",
         _REPORT,
         "write the result as JSON; - is standard output, and the table goes to standard error",
+        parse=parse_path,
         metavar="FILE",
     )
     verify: str = option(
@@ -174,12 +184,14 @@ class ClientSettings(Settings):
         "--html",
         _REPORT,
         "write one page with charts of rate and latency, which needs nothing else to be looked at",
+        parse=parse_path,
         metavar="FILE",
     )
     hgrm: str | None = option(
         "--hgrm",
         _REPORT,
         "write the percentiles in milliseconds as HdrHistogram does, for its plotter",
+        parse=parse_path,
         metavar="FILE",
     )
     threshold: Thresholds = option(

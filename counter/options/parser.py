@@ -26,7 +26,7 @@ from configargparse import ConfigFileParserException
 
 from counter.options.declare import RUNNING, Settings
 from counter.options.shown import config_lines, one_line
-from counter.options.values import masked
+from counter.options.values import masked, parse_path
 from counter.system.exits import EXIT_USAGE
 from counter.system.streams import write_result
 from counter.system.version import VERSION
@@ -207,7 +207,7 @@ def _make_parser(record: type[Settings]) -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         config_file_parser_class=_ConfigFile,
-        config_file_open_func=partial(open, encoding="utf-8"),
+        config_file_open_func=partial(open, encoding="utf-8-sig"),  # Windows' editors mark it
         add_config_file_help=False,
         add_env_var_help=True,
     )
@@ -220,6 +220,7 @@ def _make_parser(record: type[Settings]) -> _Parser:
     groups[RUNNING].add_argument(
         "--config",
         is_config_file_arg=True,
+        type=parse_path,
         metavar="FILE",
         env_var=record.prefix + "CONFIG",
         help="read options from a file of `key = value` lines; keys are the flags without dashes",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -118,6 +119,18 @@ def parse_whole(minimum: int, maximum: int = MAX_AMOUNT) -> Callable[[str], int]
     return parse
 
 
+def parse_path(text: str) -> str:
+    """The path of a file: any text but none, and none that ends in a control character."""
+    if not text:
+        raise argparse.ArgumentTypeError("the file name is empty; name a file, or leave this out")
+    if unicodedata.category(text[-1]) == "Cc":
+        # A line end that was left there makes it another file than whoever reads it sees.
+        raise argparse.ArgumentTypeError(
+            f"{text!r} ends in a control character; write the file's name without it"
+        )
+    return text
+
+
 def parse_host(text: str) -> str:
     """A host name or IP address to listen on."""
     if not text.strip():
@@ -220,8 +233,14 @@ def parse_store(text: str) -> StoreAddress:
     if text == "memory":
         return StoreAddress(text, "memory")
     kind, _, path = text.partition(":")
+    if kind == "sqlite" and path.startswith("//"):
+        # As a path it is one from the root; many programs read it as one below the present folder.
+        raise argparse.ArgumentTypeError(
+            f"{masked(text)!r} is a URL; write sqlite:PATH for a file below the present folder, "
+            "sqlite:/PATH for one from the root"
+        )
     if kind == "sqlite" and path not in ("", ":memory:"):
-        return StoreAddress(text, kind, path=path)
+        return StoreAddress(text, kind, path=parse_path(path))
     if kind in ("redis", "rediss"):
         try:
             return _parse_redis(text)
