@@ -339,8 +339,10 @@ def _explain_tls(error: OSError) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
+    from counter.system.streams import prepare_streams
     from counter.tls.certificates import CertificateError
 
+    prepare_streams()
     try:
         return _run(arguments)
     except CertificateError as error:

@@ -44,6 +44,7 @@ try:
     from counter.system.limits import available_cpus, raise_descriptor_limit
     from counter.system.log import configure_log
     from counter.system.sockets import listen
+    from counter.system.streams import prepare_streams
     from counter.system.systemd import notify, notify_reloading
     from counter.tls.certificates import (
         CertificateError,
@@ -352,6 +353,7 @@ def fail(message: str, code: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
+    prepare_streams()
     settings = read_settings(ServerSettings, arguments)
     configure_log(settings.log_level, settings.log_format)
     stop_on_signals()

@@ -999,3 +999,32 @@ def test_a_command_without_its_packages_says_what_to_install(program: str) -> No
     assert ran.returncode == 1
     line = rf"{program}: \w+ is not installed; pip install -r requirements\.txt\n"
     assert re.fullmatch(line, ran.stderr.decode())
+
+
+@pytest.mark.parametrize("program", ["server.py", "client.py"])
+@pytest.mark.parametrize("how", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--printConfig", 0), ("--nope", 2)])
+def test_closed_streams_change_no_exit_code(program: str, how: str, flag: str, code: int) -> None:
+    ran = subprocess.run(
+        ["sh", "-c", f'exec "$0" "$@" {how}', sys.executable, program, flag],
+        cwd=ROOT,
+        capture_output=True,
+    )
+    assert (ran.returncode, b"Traceback" in ran.stderr) == (code, False)
+
+
+@pytest.mark.parametrize("program", ["server.py", "client.py"])
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--printConfig", 0), ("--né", 2)])
+def test_what_an_encoding_lacks_hinders_no_word(
+    program: str, encoding: str, flag: str, code: int
+) -> None:
+    variables = {"PYTHONIOENCODING": encoding, "COUNTER_SERVER_TLS_CLIENT_CA": "é€"}
+    ran = subprocess.run(
+        [sys.executable, program, flag],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+    )
+    assert (ran.returncode, b"Traceback" in ran.stderr) == (code, False)
+    assert ran.stderr if code else ran.stdout
