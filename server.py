@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -17,6 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
+
+if __name__ == "__main__" and sys.flags.safe_path:
+    # python -P leaves out the folder of the program, whose own modules are no strangers'.
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 
 try:
     import gevent

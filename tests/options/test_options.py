@@ -1028,3 +1028,15 @@ def test_what_an_encoding_lacks_hinders_no_word(
     )
     assert (ran.returncode, b"Traceback" in ran.stderr) == (code, False)
     assert ran.stderr if code else ran.stdout
+
+
+@pytest.mark.parametrize("program", ["server.py", "client.py"])
+@pytest.mark.parametrize("flag", ["-P", "-I"])
+def test_a_command_finds_its_own_modules_where_python_searches_no_folder_of_its_own(
+    program: str, flag: str, tmp_path: Path
+) -> None:
+    (tmp_path / "counter.py").write_text("raise SystemExit('a stranger was imported')")
+    ran = subprocess.run(
+        [sys.executable, flag, ROOT / program, "--version"], cwd=tmp_path, capture_output=True
+    )
+    assert (ran.returncode, ran.stdout) == (0, f"counter {VERSION}\n".encode())
