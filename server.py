@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+if __name__ == "__main__" and sys.flags.safe_path:
+    # python -P leaves out the folder of the program, whose own modules are no strangers'.
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 
 try:
     from counter.admin.dump import dump
@@ -29,7 +34,7 @@ try:
     from counter.system.limits import available_cpus, raise_descriptor_limit, split_evenly
     from counter.system.log import configure_log
     from counter.system.sockets import listen
-    from counter.system.streams import write_result
+    from counter.system.streams import prepare_streams, write_result
     from counter.system.systemd import notify, notify_reloading
     from counter.tls.certificates import Certificates, check_aside, check_here
     from counter.tls.snapshot import CertificateError, Snapshot
@@ -320,6 +325,7 @@ def fail(message: str, code: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
+    prepare_streams()
     settings = read_settings(ServerSettings, arguments)
     configure_log(settings.log_level, settings.log_format)
     stop_on_signals()
