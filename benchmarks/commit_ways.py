@@ -129,7 +129,7 @@ def serve(way: str, tally: Path, flags: Sequence[str]) -> int:
     """Is server.py with another worker."""
     import server  # here, so that the comparison itself stays without a loop
 
-    group_commit._Thread = WORKERS[way]
+    group_commit._Thread = WORKERS[way]  # type: ignore[assignment, misc]
     count_commits(open_tally(tally))
     return server.main(flags)
 
