@@ -21,6 +21,7 @@ test: lint types
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy
