@@ -28,6 +28,7 @@ test: lint types
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 
 types: $(DEV)
 	$(BIN)/mypy

@@ -16,6 +16,7 @@ import pytest
 
 from counter.options.client import ClientSettings
 from counter.options.server import ServerSettings
+from counter.system.version import VERSION
 from kit.certificates import Pair, TlsPeer, kit, trusting
 from kit.harness import ROOT, Command, ServerCommand
 from kit.redis_server import RedisServer
@@ -26,7 +27,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").g
 ELSEWHERE = {
     "make": ".ci/run calls make test; the others are run by hand before a release",
     "docker": "needs a container engine",
-    "pip": "make installs the same files",
+    "pip install -r": "make installs the same files",
+    "pip install .": "tests/test_install.py",
+    "pip install git+": "the same, from wherever the repository is",
     "cp": "writes where units of the system are",
     "systemctl": "needs systemd; tests/test_deploy.py checks the unit",
     "python benchmarks/compare.py": "make bench",
@@ -181,6 +184,11 @@ def test_the_examples_in_the_help_are_ones_that_the_program_takes(program: str) 
             text=True,
         )
         assert done.returncode == 0, (command, done.stderr)
+
+
+def test_the_newest_version_of_the_changelog_is_that_of_the_program() -> None:
+    newest, *_ = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert re.fullmatch(re.escape(VERSION) + r" - \d{4}-\d\d-\d\d", newest)
 
 
 def test_readme_names_every_option() -> None:

@@ -314,8 +314,12 @@ except CannotBoot as error:
 
 def run_master(serve: str, before: str = "") -> subprocess.CompletedProcess[str]:
     indented = "\n".join("    " + line for line in serve.splitlines())
+    return run_script(before + MASTER.format(serve=indented))
+
+
+def run_script(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", before + MASTER.format(serve=indented)],
+        [sys.executable, "-c", script],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -339,14 +343,7 @@ def test_a_failed_fork_at_the_start_says_so_and_what_to_do() -> None:
         "master = ",
         "def fork(): raise OSError(11, 'no process left')\nos.fork = fork\nmaster = ",
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    ran = run_script(script)
     assert ran.returncode == 3
     assert "cannot fork serving process 1 of 2: no process left; raise the limit" in ran.stdout
 
@@ -382,19 +379,11 @@ signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 os.kill(os.getppid(), signal.SIGTERM)
 while True: time.sleep(60)
 """
-    script = MASTER.format(serve="\n".join("    " + line for line in serve.splitlines()))
-    script = (
+    before = (
         "import os, logging\nlogging.basicConfig()\n"
-        "os.dup2(os.memfd_create('ready'), 8)\nos.dup2(os.memfd_create('tries'), 9)\n" + script
+        "os.dup2(os.memfd_create('ready'), 8)\nos.dup2(os.memfd_create('tries'), 9)\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    ran = run_master(serve, before)
     assert ran.returncode == 0, ran.stderr
     delays = re.findall(r"another is tried in ([\d.]+) s", ran.stderr)
     assert delays == ["0.1", "0.2", "0.4"]
