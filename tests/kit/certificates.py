@@ -75,6 +75,11 @@ class Kit:
         self.mismatched = Pair(self.server.cert, self.client.key)
         self.encrypted = Pair(self.server.cert, self._encrypt(self.server.key))
 
+    def authority_below(self, name: str) -> Pair:
+        """A new authority that the kit's own has signed."""
+        extensions = AUTHORITY.partition("[authority]\n")[2] + "authorityKeyIdentifier=keyid\n"
+        return self._sign(name, self.ca, extensions, is_expired=False)
+
     def issue(
         self,
         name: str,
@@ -83,10 +88,13 @@ class Kit:
         is_expired: bool = False,
     ) -> Pair:
         """A new certificate with a new key."""
-        authority = authority or self.ca
+        extensions = f"{LEAF}subjectAltName={names}\n"
+        return self._sign(name, authority or self.ca, extensions, is_expired)
+
+    def _sign(self, name: str, authority: Pair, extensions: str, is_expired: bool) -> Pair:
         pair = self._files(name)
         request, extension = pair.cert.with_suffix(".csr"), pair.cert.with_suffix(".ext")
-        extension.write_text(f"{LEAF}subjectAltName={names}\n")
+        extension.write_text(extensions)
         self._key(pair.key)
         openssl("req", "-new", "-key", pair.key, "-subj", f"/CN={name}", "-out", request)
         database = pair.cert.with_suffix(".index")
