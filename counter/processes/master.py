@@ -20,9 +20,11 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import Final
+
+from counter.system.limits import split_evenly as split_evenly
 
 EXIT_CANNOT_BOOT: Final = 3
 
@@ -359,11 +361,6 @@ def _read_all(fd: int, timeout_s: float) -> str:
         else:
             raise ChildError("it failed; the log says why")
     raise ChildError(f"no answer within {timeout_s:g} s")
-
-
-def split_evenly(whole: int, parts: int) -> Sequence[int]:
-    """`whole` as so many whole numbers that differ by one at most, the larger ones first."""
-    return [whole // parts + (index < whole % parts) for index in range(parts)]
 
 
 def die_with_parent(parent: int) -> None:

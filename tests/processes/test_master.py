@@ -20,7 +20,6 @@ from multiprocessing.connection import Pipe
 import pytest
 
 from client import ConnectError, CounterClient, OutcomeUnknown
-from counter.processes.master import split_evenly
 from kit.faults import LONG
 from kit.harness import (
     PATIENCE_S,
@@ -32,14 +31,6 @@ from kit.harness import (
     peers,
     wait_until,
 )
-
-
-@pytest.mark.parametrize(("whole", "parts"), [(40, 2), (7, 3), (3, 3), (1000, 8), (5, 1)])
-def test_workers_are_split_evenly(whole: int, parts: int) -> None:
-    shares = split_evenly(whole, parts)
-    assert sum(shares) == whole
-    assert len(shares) == parts
-    assert max(shares) - min(shares) <= 1
 
 
 def test_the_first_line_tells_workers_and_processes() -> None:
