@@ -38,8 +38,7 @@ def outcome(decoder: Decoder, data: bytes, before: int) -> tuple[object, ...]:
         refusal = ""
     except BadFrame as bad:
         batch, rest, refusal = bad.batch, b"", f"{bad.reason}: {bad}"
-    total = batch.sum() % 2**64
-    return list(batch.amounts), len(batch), total, batch.replies(before), rest, refusal
+    return list(batch.amounts), len(batch), batch.sum(), batch.replies(before), rest, refusal
 
 
 def deep(seed: int, amounts: list[int], count: int) -> list[int]:
@@ -86,6 +85,14 @@ def test_a_bad_frame_at_any_place_of_a_deep_batch_ends_it_there(place: int, amou
         VECTOR.decode(data)
     assert caught.value.reason == "checksum"
     assert list(caught.value.batch.amounts) == [amount] * place
+
+
+@pytest.mark.parametrize("amount", [1, 2**57, MAX_AMOUNT // FROM_FRAMES, 2**63, MAX_AMOUNT])
+def test_the_sum_of_a_deep_batch_is_whole_where_it_passes_2_to_the_64(amount: int) -> None:
+    frames = encode_frame(amount) * 200 + encode_frame(0) * 200
+    batch, _ = VECTOR.decode(frames)
+    assert isinstance(batch, VectorBatch)
+    assert batch.sum() == 200 * amount
 
 
 @pytest.mark.parametrize("digits", range(1, 21))
