@@ -387,7 +387,7 @@ def _tls_context(settings: ClientSettings) -> ssl.SSLContext | None:
 
 
 def _load(settings: ClientSettings) -> int:
-    from counter.load.run import LoadProcessDied, run_load
+    from counter.load.run import CannotBegin, LoadProcessDied, run_load
     from counter.report import files as outputs
     from counter.report import report
     from counter.report.progress import ProgressBar
@@ -411,8 +411,10 @@ def _load(settings: ClientSettings) -> int:
         return _fail(f"{where} {NO_ANSWER}; {IS_IT_ONE}", EXIT_CANNOT_CONNECT)
     except (OSError, UnicodeError) as error:
         return _fail(explain(error, address.host, address.port), EXIT_CANNOT_CONNECT)
+    except CannotBegin as error:
+        return _fail(str(error), EXIT_USAGE)
     except LoadProcessDied as error:
-        return _fail(str(error), EXIT_CANNOT_CONNECT)
+        return _fail(str(error), EXIT_ERRORS)
     outcomes = hold(result, settings.threshold)
     code = report.exit_code(result, outcomes)
     return outputs.write(result, settings, outcomes, cpus, code)

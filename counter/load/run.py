@@ -46,7 +46,8 @@ def run_load(
     """Runs the load against the server of `settings` and gives back what it did.
 
     Calls `progress` with the seconds since the start and the measured part so far, about twice a
-    second. OSError if the first connection cannot be made, EOFError if it ends without an answer.
+    second. OSError if the first connection cannot be made, EOFError if it ends without an answer,
+    CannotBegin and LoadProcessDied as they say.
 
     SIGINT, SIGTERM or SIGHUP ends the run early: `on_interrupt` is called, the replies in flight
     are waited for, and the result says `interrupted`. A second one ends that wait: the result says
@@ -63,7 +64,7 @@ def run_load(
             records = [Record(amount) for _ in shares]
         except OSError as error:
             remedy = "set TMPDIR to a folder that can be written"
-            raise CannotRecord(f"--verify cannot record: {error.strerror}; {remedy}") from None
+            raise CannotBegin(f"--verify cannot record: {error.strerror}; {remedy}") from None
     with _Interrupts() as interrupts:
         run = _Run(shares, interrupts, records, on_interrupt)
         try:
@@ -129,8 +130,8 @@ class LoadProcessDied(Exception):
     """A process of the run ended before its load began; what it printed says why."""
 
 
-class CannotRecord(LoadProcessDied):
-    """There is no place for the record that a proof needs, so no process began."""
+class CannotBegin(Exception):
+    """This machine does not give what the run was asked to take; the text names the remedy."""
 
 
 class _Run:
@@ -185,7 +186,7 @@ class _Run:
                 pid = os.fork()
             except OSError as error:
                 remedy = "raise the limit (ulimit -u) or lower --processes"
-                raise LoadProcessDied(f"cannot fork: {error.strerror}; {remedy}") from None
+                raise CannotBegin(f"cannot fork: {error.strerror}; {remedy}") from None
             if not pid:
                 signal.set_wakeup_fd(-1)
                 for pipe in (ours, *self.pids):
