@@ -33,7 +33,15 @@ from counter.options.parser import ClientSettings
 from counter.results.result import CHECKABLE_SUM, WRONG_KEPT, Result
 from counter.results.timeline import Recorder
 from counter.tls.session import Session, TlsError, client_context
-from protocol import REPLY_SIZE, TOTAL_MASK, Batch, UniformBatch, decode_totals, encode_frame
+from protocol import (
+    REPLY_SIZE,
+    REQUEST_SIZE,
+    TOTAL_MASK,
+    Batch,
+    UniformBatch,
+    decode_totals,
+    encode_frame,
+)
 
 clock: Final = time.monotonic_ns
 
@@ -124,6 +132,31 @@ class LoadConnection:
             return
         if sent < len(frames):
             self.unsent = frames[sent:]
+            self.writing.start(self.on_writable)
+
+    def send_lone(self, one: Batch, frame: bytes) -> None:
+        """Sends the usual frame where a lone one was answered; who calls it counts it as sent.
+
+        What send() does, written out for one frame: of a client's 8 us for a request send() is
+        0.37, this 0.18. With the loop of send_again() around it instead of a call it would be 0.13,
+        with this text twice. The kernel may refuse these 16 bytes as any others: a server that
+        answers before it reads can have its client fill the socket, frame by frame.
+        """
+        assert self.sock is not None
+        now = clock()
+        self.in_flight.append((now, now, one))
+        if self.unsent:
+            self.unsent += frame
+            return
+        try:
+            sent = self.sock.send(frame)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self.lose(error)
+            return
+        if sent < REQUEST_SIZE:
+            self.unsent = frame[sent:]
             self.writing.start(self.on_writable)
 
     def on_writable(self) -> None:
@@ -486,16 +519,9 @@ class LoadProcess:
         one, frame = self.one, self._frame
         sent = 0
         for connection in ready:
-            sock = connection.sock
-            if sock is None:
-                continue
-            now = clock()
-            connection.in_flight.append((now, now, one))
-            sent += 1
-            try:
-                sock.send(frame)
-            except OSError as error:
-                connection.lose(error)
+            if connection.sock is not None:
+                sent += 1
+                connection.send_lone(one, frame)
         self.result.sent += sent
         self.sent_sum += sent * self.amount
 
