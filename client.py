@@ -389,7 +389,7 @@ def _tls_context(settings: ClientSettings) -> ssl.SSLContext | None:
 def _load(settings: ClientSettings) -> int:
     from counter.load.run import CannotBegin, LoadProcessDied, run_load
     from counter.report import files as outputs
-    from counter.report import report
+    from counter.report.check import exit_code
     from counter.report.progress import ProgressBar
     from counter.report.thresholds import hold
     from counter.system.limits import available_cpus, raise_descriptor_limit
@@ -416,7 +416,7 @@ def _load(settings: ClientSettings) -> int:
     except LoadProcessDied as error:
         return _fail(str(error), EXIT_ERRORS)
     outcomes = hold(result, settings.threshold)
-    code = report.exit_code(result, outcomes)
+    code = exit_code(result, outcomes)
     return outputs.write(result, settings, outcomes, cpus, code)
 
 

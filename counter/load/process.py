@@ -31,7 +31,7 @@ from gevent.socket import wait_read
 from counter.load.schedule import Pace
 from counter.options.parser import ClientSettings
 from counter.results.result import CHECKABLE_SUM, WRONG_KEPT, Result
-from counter.results.timeline import Recorder
+from counter.results.timeline import Sampler
 from counter.tls.session import Session, TlsError, client_context
 from protocol import (
     REPLY_SIZE,
@@ -407,11 +407,9 @@ class LoadProcess:
         self.sending = True
         sweeper = self.loop.timer(SWEEP_S, SWEEP_S)
         sweeper.start(self._sweep)
-        recorder = Recorder(
-            self.result.latencies.counts, self.measure_from_ns, self.share.duration_s
-        )
-        recording = self.loop.timer(settings.warmup_s + recorder.interval_s, recorder.interval_s)
-        recording.start(lambda: recorder.tick(clock()))
+        sampler = Sampler(self.result.latencies.counts, self.measure_from_ns, self.share.duration_s)
+        sampling = self.loop.timer(settings.warmup_s + sampler.interval_s, sampler.interval_s)
+        sampling.start(lambda: sampler.tick(clock()))
         measuring = self.loop.timer(settings.warmup_s)
         measuring.start(self._note_cpu)
         ending = self.loop.timer(settings.warmup_s + (self.share.duration_s or 0))
@@ -422,9 +420,9 @@ class LoadProcess:
                 self.refill(connection, settings.pipeline)
         self.done.wait()
         gevent.spawn(self._join_outstanding).join()
-        for timer in (sweeper, recording, measuring, ending):
+        for timer in (sweeper, sampling, measuring, ending):
             timer.close()
-        self.result.timeline = recorder.finish(self.last_reply_ns)
+        self.result.timeline = sampler.finish(self.last_reply_ns)
         if self._pace:
             self.result.behind = self._pace.behind(self.stopped_ns)
             self._pace.close()
@@ -497,9 +495,9 @@ class LoadProcess:
     def measure(self, due_ns: int, sent_ns: int, now: int, count: int) -> None:
         """Records the latency of `count` replies that were asked for together."""
         if due_ns >= self.measure_from_ns > 0:
-            self.result.latencies.record(now - due_ns, count)
+            self.result.latencies.count(now - due_ns, count)
             if self._pace:
-                self.result.raw_latencies.record(now - sent_ns, count)
+                self.result.raw_latencies.count(now - sent_ns, count)
             self.last_reply_ns = now
 
     def send_again(self) -> None:

@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from counter.load.process import LoadConnection, LoadProcess, clock
-from counter.proof.verify import History
+from counter.proof.history import History
 from protocol import Batch
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-    Words = NDArray[np.uint64]
+    from counter.proof.history import Words
 
 # Written together: a write of 1 MiB takes 0.3 ms on an idle machine, and of 20,000 requests one
 # waits for it.

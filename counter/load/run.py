@@ -23,7 +23,8 @@ from typing import Any, Final
 from counter.load.process import LoadProcess, Share, SocketAddress
 from counter.load.recording import Record, history
 from counter.options.parser import ClientSettings
-from counter.proof.verify import UNDECIDED, Proof, verify
+from counter.proof.history import UNDECIDED, Verdict
+from counter.proof.verify import verify
 from counter.results.result import PROCESS_DIED, Result, merged
 from counter.system.limits import whole_share
 
@@ -77,7 +78,7 @@ def run_load(
     return result
 
 
-def prove(result: Result, records: Sequence[Record], shared: bool) -> Proof:
+def prove(result: Result, records: Sequence[Record], shared: bool) -> Verdict:
     """The verdict on what was recorded of a run; closes the records."""
     try:
         whole = history(records, result.total_before, result.total_after)
@@ -90,9 +91,9 @@ def prove(result: Result, records: Sequence[Record], shared: bool) -> Proof:
             missing = f"{unrecorded:,} answered additions could not be written to {gettempdir()}"
         return verify(whole, shared, missing)
     except KeyboardInterrupt:
-        return Proof(UNDECIDED, "interrupted before the end of the proof")
+        return Verdict(UNDECIDED, "interrupted before the end of the proof")
     except MemoryError:
-        return Proof(UNDECIDED, f"not enough memory for {result.answered:,} additions")
+        return Verdict(UNDECIDED, f"not enough memory for {result.answered:,} additions")
     finally:
         for record in records:
             record.close()

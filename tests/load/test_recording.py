@@ -8,7 +8,7 @@ import pytest
 
 from counter.load import run
 from counter.load.recording import WRITE_BYTES, Record, history
-from counter.proof.verify import UNDECIDED
+from counter.proof.history import UNDECIDED
 from counter.results.result import PROCESS_DIED, Result
 from protocol import Batch, UniformBatch, encode_total
 
