@@ -426,6 +426,12 @@ class ClientSettings:
         metavar="FORMAT",
     )
 
+    @property
+    def planned_s(self) -> float | None:
+        """How long the measured part is to last, in seconds: a minute where nothing else ends it,
+        None where only its number of requests does."""
+        return 60.0 if self.duration_s is None and self.requests is None else self.duration_s
+
     def wants_tls(self) -> bool:
         """Whether connections are encrypted."""
         return bool(self.tls or self.tls_ca or self.tls_cert)

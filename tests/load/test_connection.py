@@ -6,7 +6,9 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from counter.load.process import LoadConnection, LoadProcess, Share
+from counter.load.connection import LoadConnection
+from counter.load.process import LoadProcess
+from counter.load.share import Share
 from counter.options.parser import ClientSettings
 from kit.harness import wait_until
 from protocol import REQUEST_SIZE, encode_frame, encode_total
@@ -20,11 +22,11 @@ def one_connection() -> Iterator[tuple[LoadProcess, LoadConnection, socket.socke
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         addresses = ((socket.AF_INET, listener.getsockname()),)
-        process = LoadProcess(Share(ClientSettings(), addresses, 1, None, 0.0, None, 1))
+        process = LoadProcess(Share(ClientSettings(), addresses, 1, None, 0.0, 1))
         process.open_all()
         (connection,) = process.connections
-        assert connection.sock is not None
-        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        assert connection._sock is not None
+        connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
         process.sending = True
         peer, _ = listener.accept()
         with peer:
@@ -46,18 +48,18 @@ def test_a_server_that_answers_before_it_reads_gets_every_frame_whole() -> None:
 
         def took_the_reply() -> bool:
             connection.on_readable()
-            process.send_again()
-            return connection.last_total == answered
+            process.end_turn()
+            return connection._last_total == answered
 
         def sent_everything() -> bool:
             nonlocal received
             received += receive_available(peer)
-            if connection.unsent:
+            if connection._unsent:
                 connection.on_writable()
             return len(received) >= (answered + 1) * REQUEST_SIZE
 
         process.refill(connection, 1)
-        while len(connection.unsent) < 10 * REQUEST_SIZE:
+        while len(connection._unsent) < 10 * REQUEST_SIZE:
             answered += 1
             peer.sendall(encode_total(answered))
             wait_until(took_the_reply, "the reply was taken")
