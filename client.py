@@ -388,9 +388,9 @@ def _tls_context(settings: ClientSettings) -> ssl.SSLContext | None:
 
 
 def _load(settings: ClientSettings) -> int:
-    from counter.load.run import LoadProcessDied, run_load
+    from counter.load.run import CannotBegin, LoadProcessDied, run_load
     from counter.report import files as outputs
-    from counter.report import report
+    from counter.report.check import exit_code
     from counter.report.progress import ProgressBar
     from counter.report.thresholds import hold
     from counter.system.limits import available_cpus, raise_descriptor_limit
@@ -412,10 +412,12 @@ def _load(settings: ClientSettings) -> int:
         return _fail(f"{where} {NO_ANSWER}; {IS_IT_ONE}", EXIT_CANNOT_CONNECT)
     except (OSError, UnicodeError) as error:
         return _fail(explain(error, address.host, address.port), EXIT_CANNOT_CONNECT)
+    except CannotBegin as error:
+        return _fail(str(error), EXIT_USAGE)
     except LoadProcessDied as error:
-        return _fail(str(error), EXIT_CANNOT_CONNECT)
+        return _fail(str(error), EXIT_ERRORS)
     outcomes = hold(result, settings.threshold)
-    code = report.exit_code(result, outcomes)
+    code = exit_code(result, outcomes)
     return outputs.write(result, settings, outcomes, cpus, code)
 
 

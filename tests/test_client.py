@@ -274,6 +274,48 @@ def test_a_load_process_that_is_killed_makes_the_check_undecided() -> None:
             assert "check     not checked: a load process died" in shown
 
 
+def test_a_load_process_that_dies_before_the_load_is_exit_5() -> None:
+    asked = threading.Event()
+
+    def script(sock: socket.socket) -> None:
+        receive_exactly(sock, 16)
+        asked.set()
+        sock.recv(1)
+
+    with ScriptedServer(script) as server, client(server.address, *SHORT) as command:
+        assert asked.wait(20)
+        os.kill(children(command.process.pid)[0], signal.SIGKILL)
+        assert command.finish() == 5
+        assert command.errors() == "client.py: a load process died before the load began\n"
+
+
+NO_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+NO_FORKS = """
+import errno, os
+def fork(): raise OSError(errno.EAGAIN, "no process left")
+os.fork = fork
+"""
+
+
+@pytest.mark.parametrize(
+    ("lack", "why"),
+    [
+        (NO_FILES, "--verify cannot record: No usable temporary directory found"),
+        (NO_FORKS, "cannot fork: no process left; raise the limit (ulimit -u)"),
+    ],
+)
+def test_a_run_that_this_machine_has_no_room_for_is_exit_2_with_the_remedy(
+    lack: str, why: str
+) -> None:
+    code = f"{lack}\nimport client, sys\nsys.exit(client.main(['--verify']))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.startswith(f"client.py: {why}")
+    assert ran.stderr.count("\n") == 1
+
+
 def test_a_server_that_never_answers_is_reported_after_the_timeout() -> None:
     with ScriptedServer(lambda sock: receive_exactly(sock, 10**6)) as server:
         code, shown = run_client(server.address, "--connections", "2", "--timeout", "200ms", *SHORT)

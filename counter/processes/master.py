@@ -11,7 +11,6 @@ it; one stop ladder with one deadline ends them all.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import os
@@ -33,6 +32,7 @@ from counter.processes.signals import (
 )
 from counter.system.backoff import backoff_s
 from counter.system.exits import EXIT_CANNOT_BOOT
+from counter.system.signals import WakePipe, blocked, handled
 from counter.system.waiting import wait_readable
 
 # Between attempts to replace processes that die before they are ready: doubled each time.
@@ -91,35 +91,27 @@ class Master:
         self._stop_signals = 0
         self._stopped_by = ""
         self._unused_signals: list[int] = []
-        self._wake_end, self._waker = os.pipe()
-        for end in (self._wake_end, self._waker):
-            os.set_blocking(end, False)
+        self._wake = WakePipe()
 
     def run(self) -> None:
         """Forks, supervises and stops; gives back when the last process has ended.
 
         CannotBoot if the processes cannot start.
         """
-        previous = {number: signal.signal(number, self._on_signal) for number in HANDLED}
-        signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
-        try:
-            self._fork_missing()
-            self._until_ready()
-            if not self._stop_signals:
-                self._program.on_ready()
-                self._has_announced = True
-                self._obey()
-            while not self._stop_signals:
-                self._wait(self._seconds_to_retry())
+        with handled(HANDLED, self._on_signal), self._wake:
+            try:
                 self._fork_missing()
-        finally:
-            self._program.on_stop()
-            self._stop()
-            signal.set_wakeup_fd(-1)
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            for end in (self._wake_end, self._waker):
-                os.close(end)
+                self._until_ready()
+                if not self._stop_signals:
+                    self._program.on_ready()
+                    self._has_announced = True
+                    self._obey()
+                while not self._stop_signals:
+                    self._wait(self._seconds_to_retry())
+                    self._fork_missing()
+            finally:
+                self._program.on_stop()
+                self._stop()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Records; that the loop wakes is the wake-up descriptor's work."""
@@ -140,9 +132,8 @@ class Master:
 
     def _wait(self, seconds: float | None) -> None:
         """Until a signal or a process that is ready wakes it; then reaps."""
-        wait_readable(self._wake_end, seconds)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_end, 4096)
+        wait_readable(self._wake.fileno(), seconds)
+        self._wake.clear()
         self._reap()
         self._obey()
         ready = {index for index in range(len(self._children)) if self._ready[index]}
@@ -237,8 +228,7 @@ class Master:
 
     def _fork(self, index: int) -> None:
         # Blocked, a signal waits for the child's own handlers instead of running the master's.
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        try:
+        with blocked(HANDLED):
             ordering = Ordering()
             try:
                 pid = os.fork()
@@ -251,8 +241,6 @@ class Master:
             ordering.become_parent()
             self._indexes[pid] = index
             self._orderings[pid] = ordering
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
 
     def _live(self, index: int, ordering: Ordering) -> NoReturn:
         """The life of a child."""
@@ -277,8 +265,7 @@ class Master:
 
     def _say_ready(self, index: int) -> None:
         self._ready[index] = 1
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes the master as well
-            os.write(self._waker, b"\0")
+        self._wake.wake()
 
     def _stop(self) -> None:
         """The stop ladder: drain, its deadline, SIGKILL; a second signal shortens it."""

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, TextIO
 
 from counter.options.client import ClientSettings
-from counter.report.report import count, format_ns
+from counter.report.units import count, format_ns
 from counter.results.result import Result
 
 if TYPE_CHECKING:
@@ -143,11 +142,6 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -593,7 +593,7 @@ def test_processes_are_whole_cpus_and_never_more_than_workers(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "planned_s"),
+    ("arguments", "planned_duration_s"),
     [
         ([], 60),
         (["--duration", "5s"], 5),
@@ -602,9 +602,9 @@ def test_processes_are_whole_cpus_and_never_more_than_workers(
     ],
 )
 def test_a_run_that_nothing_bounds_is_planned_for_a_minute(
-    arguments: list[str], planned_s: float | None
+    arguments: list[str], planned_duration_s: float | None
 ) -> None:
-    assert read_client(*arguments).planned_duration_s == planned_s
+    assert read_client(*arguments).planned_duration_s == planned_duration_s
 
 
 # Refusals
