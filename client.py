@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     import ssl
 
-    from counter.options.parser import ClientSettings
+    from counter.options.client import ClientSettings
 
 __all__ = [
     "AddressError",
@@ -339,7 +339,7 @@ def _explain_tls(error: OSError) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
-    from counter.tls.certificates import CertificateError
+    from counter.tls.snapshot import CertificateError
 
     try:
         return _run(arguments)
@@ -350,17 +350,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    from counter.options.parser import ClientSettings, read_settings
+    from counter.options.client import ClientSettings
+    from counter.options.parser import read_settings
     from counter.system.log import configure_log
 
-    settings = read_settings(
-        ClientSettings, "client.py", "Load a counter server, or ask it once.", arguments
-    )
+    settings = read_settings(ClientSettings, arguments)
     configure_log(settings.log_level, settings.log_format)
-    if settings.read and settings.add is not None:
-        return _fail("--add and --read exclude each other; give one of them", EXIT_USAGE)
-    if settings.tls_key and not settings.tls_cert:
-        return _fail("--tlsKey needs --tlsCert", EXIT_USAGE)
     if settings.read or settings.add is not None:
         return _ask_once(settings, settings.add or 0)
     return _load(settings)
@@ -381,7 +376,7 @@ def _tls_context(settings: ClientSettings) -> ssl.SSLContext | None:
     """The context that the settings ask for, None for a plain connection; CertificateError."""
     if not settings.wants_tls():
         return None
-    from counter.tls.session import client_context
+    from counter.tls.contexts import client_context
 
     return client_context(settings)
 

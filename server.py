@@ -1,56 +1,38 @@
 """python server.py: one exact total that any number of connections add to.
 
-Here is the command: what the processes of one server share, what each of them does from its first
-line to its last, and what signals mean. Serving itself is counter/serving's; how processes are kept
-alive is counter/processes'.
+Here is the command: what the processes of one server share, which kinds of them there are, and what
+signals mean to the whole. Serving itself is counter/serving's; how processes are kept alive is
+counter/processes'.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
-import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 try:
-    import gevent
-    from gevent.event import Event
-
-    from counter.admin.dump import dump, dump_stacks
+    from counter.admin.dump import dump
     from counter.admin.status import Status
-    from counter.options.parser import EXIT_USAGE, ServerSettings, read_settings
-    from counter.processes.master import (
-        CUT_SIGNAL,
-        EXIT_CANNOT_BOOT,
-        CannotBoot,
-        Master,
-        Stopped,
-        split_evenly,
-        stop_on_signals,
-    )
-    from counter.processes.slots import (
-        PID,
-        REQUESTS,
-        Slots,
-    )
-    from counter.serving.server import CounterServer
-    from counter.system.limits import available_cpus, raise_descriptor_limit
+    from counter.options.parser import read_settings
+    from counter.options.server import ServerSettings
+    from counter.processes.child import Child
+    from counter.processes.master import CannotBoot, Master
+    from counter.processes.signals import STOP_SIGNALS, Stopped, stop_on_signals
+    from counter.processes.slots import REQUESTS, Slots
+    from counter.serving.process import ServingProcess
+    from counter.system.exits import EXIT_CANNOT_BOOT, EXIT_CANNOT_START
+    from counter.system.limits import available_cpus, raise_descriptor_limit, split_evenly
     from counter.system.log import configure_log
     from counter.system.sockets import listen
+    from counter.system.streams import write_result
     from counter.system.systemd import notify, notify_reloading
-    from counter.tls.certificates import (
-        CertificateError,
-        Certificates,
-        Snapshot,
-        check_aside,
-        check_here,
-    )
+    from counter.tls.certificates import Certificates, check_aside, check_here
+    from counter.tls.snapshot import CertificateError, Snapshot
     from counter.totals.keeper import Keeper, make_keeper
     from counter.totals.store import StoreError
     from protocol import format_address
@@ -59,16 +41,13 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(f"server.py: {error.name} is not installed; pip install -r requirements.txt")
 
-EXIT_CANNOT_START: Final = 1
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+if TYPE_CHECKING:
+    from counter.admin.http import Admin
 
-# The admin process ends when the serving ones have; it looks so often.
-ADMIN_LOOK_S: Final = 0.02
 ADMIN_BACKLOG: Final = 128
 
 # Descriptors besides the workers' own: the process's, and sockets that linger.
 SPARE_DESCRIPTORS: Final = 64
-
 
 _log = logging.getLogger("server")
 
@@ -89,6 +68,7 @@ class Shared:
     """What all processes of one server have in common, made before the first is forked."""
 
     settings: ServerSettings
+    workers: int
     listener: socket.socket
     keeper: Keeper
     certificates: Certificates | None
@@ -101,6 +81,158 @@ class Shared:
         read_total = self.keeper.open().total if in_memory else None
         return Status(self.slots, str(self.settings.store), read_total, self.keeper.found.total)
 
+    def announce(self) -> None:
+        """Says where the server listens, with how many workers, on what total."""
+        found = self.keeper.found
+        where = format_address(*self.listener.getsockname()[:2])
+        count = f"{len(self.slots)} processes" if len(self.slots) > 1 else "1 process"
+        store = str(self.settings.store)
+        if not found.is_new:
+            store += f", total: {found.total:,}"
+        say(f"Listening on {where} with {self.workers} workers in {count} (store: {store})")
+
+    def reload_certificates(self, check: Callable[[Snapshot], None]) -> bool:
+        """Publishes the certificate files as they are now, after SIGHUP; true if all shall take
+        them. Files that cannot be used leave everything as it is.
+        """
+        notify_reloading()
+        try:
+            return _reload(self.certificates, check)
+        finally:
+            notify("READY=1")
+
+
+class ServingChild(Child):
+    """A serving process under the master."""
+
+    name = "serving process"
+
+    def __init__(self, shared: Shared, index: int, workers: int) -> None:
+        self._shared = shared
+        self._index = index
+        self._workers = workers
+
+    def live(self, ready: Callable[[], None]) -> int:
+        shared = self._shared
+        if shared.admin:
+            shared.admin.close()  # it is the admin process's
+        ServingProcess(
+            shared.settings,
+            shared.listener,
+            shared.keeper,
+            shared.slots,
+            self._workers,
+            self._index,
+            shared.certificates,
+        ).run(ready)
+        return 0
+
+    def on_death(self) -> None:
+        self._shared.slots.clear_gauges(self._index)
+
+
+class AdminChild(Child):
+    """The process of the admin port."""
+
+    name = "admin process"
+    is_vital = False
+
+    def __init__(self, shared: Shared, listener: socket.socket) -> None:
+        self._shared = shared
+        self._listener = listener
+
+    def live(self, ready: Callable[[], None]) -> int:
+        # Whoever holds it keeps the port open.
+        self._shared.listener.close()
+        from counter.admin.process import serve_admin
+
+        serve_admin(self._listener, self._shared.status(), ready)
+        return 0
+
+
+class Supervised:
+    """The server as its master sees it."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+
+    def run(self) -> None:
+        """Serves in forked processes until a signal ends it; CannotBoot if they cannot start."""
+        shared = self._shared
+        shares = split_evenly(shared.workers, len(shared.slots))
+        children: list[Child] = [
+            ServingChild(shared, index, workers) for index, workers in enumerate(shares)
+        ]
+        if shared.admin:
+            children.append(AdminChild(shared, shared.admin))
+        Master(children, shared.settings.drain_timeout_s, self).run()
+
+    def on_ready(self) -> None:
+        self._shared.announce()
+        notify("READY=1", f"STATUS=serving with {self._shared.workers} workers")
+
+    def on_stop(self) -> None:
+        notify("STOPPING=1")
+        self._shared.listener.close()
+        if self._shared.admin:
+            self._shared.admin.close()
+
+    def on_reload(self) -> bool:
+        return self._shared.reload_certificates(check_aside)
+
+    def on_dump(self) -> None:
+        dump(self._shared.settings, self._shared.status())
+
+
+class Unsupervised(ServingProcess):
+    """The server that serves in this very process, and is its own master."""
+
+    stop_signals = STOP_SIGNALS
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__(
+            shared.settings,
+            shared.listener,
+            shared.keeper,
+            shared.slots,
+            shared.workers,
+            certificates=shared.certificates,
+        )
+        self._shared = shared
+        self._admin: Admin | None = None
+
+    def serve(self) -> None:
+        """Serves until a signal ends it, and drains."""
+        self.run(self._announce)
+        stop_on_signals()  # gevent has reset them
+
+    def _announce(self) -> None:
+        self._shared.announce()
+        notify("READY=1")
+
+    def on_start(self) -> None:
+        if self._shared.admin:
+            from counter.admin.http import Admin
+
+            self._admin = Admin(self._shared.admin, self._shared.status())
+            self._admin.start()
+
+    def on_drain(self) -> None:
+        notify("STOPPING=1")
+        if self._admin:
+            self._admin.status.draining = True
+
+    def on_end(self) -> None:
+        if self._admin:
+            self._admin.stop()
+
+    def on_reload(self) -> bool:
+        return self._shared.reload_certificates(check_here)
+
+    def on_dump(self) -> None:
+        dump(self._shared.settings, self._shared.status())
+        super().on_dump()
+
 
 def serve(settings: ServerSettings) -> int:
     """Serves as the settings say until SIGTERM or SIGINT; gives back the exit code."""
@@ -111,6 +243,7 @@ def serve(settings: ServerSettings) -> int:
         # The store comes last: it may be given a total, which a start that fails must not do.
         shared = Shared(
             settings=settings,
+            workers=workers,
             slots=Slots(max(1, processes)),
             listener=listen(settings.host, settings.port, settings.backlog),
             admin=listen_admin(settings),
@@ -123,171 +256,19 @@ def serve(settings: ServerSettings) -> int:
     _log.info("CPUs to use: %g; an answered addition survives %s", cpus, found.survives)
     for warning in found.warnings:
         _log.warning("store %s: %s", settings.store, warning)
-
     if shared.admin:
         where = format_address(*shared.admin.getsockname()[:2])
         _log.info("the admin port is at http://%s/", where)
-
-    def announce() -> None:
-        where = format_address(*shared.listener.getsockname()[:2])
-        count = f"{processes} processes" if processes > 1 else "1 process"
-        store = f"{settings.store}" if found.is_new else f"{settings.store}, total: {found.total:,}"
-        say(f"Listening on {where} with {workers} workers in {count} (store: {store})")
-
     if processes:
-        if not serve_forked(shared, workers, announce):
-            return EXIT_CANNOT_BOOT
+        try:
+            Supervised(shared).run()
+        except CannotBoot as error:
+            return fail(str(error), EXIT_CANNOT_BOOT)
     else:
-        serve_here(shared, 0, workers, announce, STOP_SIGNALS)
+        Unsupervised(shared).serve()
     say(f"Counter value: {shared.keeper.last_total(shared.slots):,}")
     say(f"Server stopped after processing total requests: {shared.slots.sum(REQUESTS):,}")
     return 0
-
-
-def serve_forked(shared: Shared, workers: int, announce: Callable[[], None]) -> bool:
-    """Serves in forked processes under a master; false, after saying why, if they cannot start."""
-    shares = split_evenly(workers, len(shared.slots))
-
-    def serve_share(index: int, ready: Callable[[], None]) -> int:
-        if index == len(shared.slots):
-            serve_admin(shared, ready)
-            return 0
-        # The master ends a process by SIGTERM; Ctrl-C is for the master.
-        serve_here(shared, index, shares[index], ready, (signal.SIGTERM,))
-        return 0
-
-    def note_death(index: int) -> None:
-        if index < len(shared.slots):
-            shared.slots.clear_gauges(index)
-
-    def close_listeners() -> None:
-        notify("STOPPING=1")
-        shared.listener.close()
-        if shared.admin:
-            shared.admin.close()
-
-    master = Master(
-        len(shared.slots) + (shared.admin is not None),
-        serve_share,
-        shared.settings.drain_timeout_s,
-        note_death,
-        partial(reload_certificates, shared, check_aside),
-        lambda: dump(shared.settings, shared.status()),
-        aside=int(shared.admin is not None),
-    )
-
-    def on_ready() -> None:
-        announce()
-        notify("READY=1", f"STATUS=serving with {workers} workers")
-
-    try:
-        master.run(on_ready, on_stop=close_listeners)
-    except CannotBoot as error:
-        sys.stderr.write(f"server.py: {error}\n")
-        return False
-    return True
-
-
-def serve_here(
-    shared: Shared,
-    index: int,
-    workers: int,
-    ready: Callable[[], None],
-    stop_signals: Sequence[signal.Signals],
-) -> None:
-    """Serves in this process, from patching it to the end of the drain."""
-    from gevent import monkey
-
-    monkey.patch_all()
-    # Where each greenlet was spawned is of no use here and costs 2 us a connection.
-    gevent.config.track_greenlet_tree = False
-    stop, cut = Event(), Event()
-    is_alone = signal.SIGINT in stop_signals  # its own master
-
-    def on_stop() -> None:
-        (cut if stop.is_set() else stop).set()
-
-    def on_cut() -> None:
-        stop.set()
-        cut.set()
-
-    def on_reload() -> None:
-        # A terminal that is closed tells all processes.
-        if reload_certificates(shared, check_here) if is_alone else shared.certificates:
-            server.take_certificates()
-
-    def on_dump() -> None:
-        if is_alone:
-            dump(shared.settings, shared.status())
-        dump_stacks()
-
-    handlers = [gevent.signal_handler(number, on_stop) for number in stop_signals]
-    handlers.append(gevent.signal_handler(CUT_SIGNAL, on_cut))
-    handlers.append(gevent.signal_handler(signal.SIGHUP, on_reload))
-    handlers.append(gevent.signal_handler(signal.SIGUSR1, on_dump))
-    server = CounterServer(
-        shared.listener,
-        shared.keeper.open(),
-        workers,
-        shared.settings,
-        shared.slots,
-        index,
-        shared.certificates,
-    )
-    server.start()
-    admin = None
-    if shared.admin and not is_alone:
-        shared.admin.close()  # it is the admin process's
-    elif shared.admin:
-        from counter.admin.http import Admin
-
-        admin = Admin(shared.admin, shared.status())
-        admin.start()
-    # What exists now lives as long as the process: the collector need not look at it again.
-    gc.collect()
-    gc.freeze()
-    ready()
-    if is_alone:
-        notify("READY=1")
-    stop.wait()
-    if is_alone:
-        notify("STOPPING=1")
-    if admin:
-        admin.status.draining = True
-    server.drain(shared.settings.drain_timeout_s, cut)
-    if admin:
-        admin.stop()
-    for handler in handlers:
-        handler.cancel()
-    if is_alone:
-        stop_on_signals()  # gevent has reset them
-
-
-def serve_admin(shared: Shared, ready: Callable[[], None]) -> None:
-    """Serves the admin port in this process until the serving ones have ended."""
-    from gevent import monkey
-
-    monkey.patch_all()
-    from counter.admin.http import Admin
-
-    assert shared.admin is not None
-    # Whoever holds it keeps the port open.
-    shared.listener.close()
-    stop, cut = Event(), Event()
-    handlers = [
-        gevent.signal_handler(signal.SIGTERM, stop.set),
-        gevent.signal_handler(CUT_SIGNAL, cut.set),
-    ]
-    admin = Admin(shared.admin, shared.status())
-    admin.start()
-    ready()
-    stop.wait()
-    admin.status.draining = True
-    while any(shared.slots.cells(PID)) and not cut.wait(ADMIN_LOOK_S):
-        pass
-    admin.stop()
-    for handler in handlers:
-        handler.cancel()
 
 
 def listen_admin(settings: ServerSettings) -> socket.socket | None:
@@ -310,24 +291,12 @@ def make_certificates(settings: ServerSettings) -> Certificates | None:
     return certificates
 
 
-def reload_certificates(shared: Shared, check: Callable[[Snapshot], None]) -> bool:
-    """Publishes the certificate files as they are now, after SIGHUP; true if all shall take them.
-
-    Files that cannot be used leave everything as it is.
-    """
-    notify_reloading()
-    try:
-        return _reload(shared, check)
-    finally:
-        notify("READY=1")
-
-
-def _reload(shared: Shared, check: Callable[[Snapshot], None]) -> bool:
-    if shared.certificates is None:
+def _reload(certificates: Certificates | None, check: Callable[[Snapshot], None]) -> bool:
+    if certificates is None:
         _log.warning("SIGHUP: there is nothing to load again, TLS is off (--tlsCert)")
         return False
     try:
-        shared.certificates.load(check)
+        certificates.load(check)
     except (CertificateError, OSError) as error:
         _log.error("SIGHUP: the certificates are kept as they were: %s", error)
         return False
@@ -338,7 +307,7 @@ def _reload(shared: Shared, check: Callable[[Snapshot], None]) -> bool:
 def say(line: str) -> None:
     """Writes one line of the result to standard output at once, also into a pipe."""
     try:
-        print(line, flush=True)
+        write_result(f"{line}\n")
     except OSError as error:
         _log.warning("cannot write to standard output (%s): %s", error.strerror, line)
 
@@ -351,17 +320,8 @@ def fail(message: str, code: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
-    settings = read_settings(
-        ServerSettings,
-        "server.py",
-        "A shared counter: one exact total, added to over TCP.",
-        arguments,
-    )
+    settings = read_settings(ServerSettings, arguments)
     configure_log(settings.log_level, settings.log_format)
-    if bool(settings.tls_cert) != bool(settings.tls_key):
-        return fail("--tlsCert and --tlsKey need each other; give both", EXIT_USAGE)
-    if settings.tls_client_ca and not settings.tls_cert:
-        return fail("--tlsClientCA needs --tlsCert and --tlsKey", EXIT_USAGE)
     stop_on_signals()
     try:
         return serve(settings)

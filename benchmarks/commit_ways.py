@@ -1,12 +1,12 @@
 """Question: where is a commit best made: in the loop's own thread, in gevent's thread pool, or in
-the native thread that group_commit.py has? And what does handing it over cost?
+the native thread that serving/store_calls.py has? And what does handing it over cost?
 
 Command: .venv/bin/python benchmarks/commit_ways.py [--rounds N] [--seconds S] [--directory DIR]
 It takes half a minute and prints a Markdown table.
 
 Three servers run at the same time, each with a SQLite file of its own in one directory and on one
 CPU. They differ in the class that calls the store, which this program puts in the place of
-group_commit's before it becomes server.py. In each round one generator loads them in turn, every
+store_calls' before it becomes server.py. In each round one generator loads them in turn, every
 second round in the opposite order; ratios are taken within a round.
 
 "A commit takes" is the mean time from its start by the loop to its end in the loop; "of it SQLite"
@@ -24,7 +24,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ from results import Case, Results, markdown_table, rate_text, ratio_text, three_
 
 sys.path.insert(0, str(peers.ROOT))
 
-from counter.serving import group_commit
+from counter.serving import group_commit, store_calls
 
 CASES: Final = (
     Case("40", "40 connections", (), ("native", "pool", "loop")),
@@ -54,43 +54,43 @@ NAMES: Final = {
 }
 
 
-# --- the ways; each stands where group_commit._Thread does ---
+# --- the ways; each stands where store_calls.ThreadCaller does ---
 
 
-class LoopWorker:
+class LoopCaller(store_calls.StoreCaller):
     """Calls the store in the loop's thread, which serves nobody meanwhile."""
 
-    def __init__(self, group: group_commit.GroupCommit) -> None:
-        self._group = group
+    def __init__(self, on_end: store_calls.OnEnd, last: Callable[[], None]) -> None:
+        self._on_end, self._last = on_end, last
 
-    def run(self) -> None:
-        self._group.operate()
-        self._group.ended()
+    def run(self, call: store_calls.Call) -> None:
+        self._on_end(*store_calls.attempt(call))
 
     def close(self) -> None:
-        self._group.close_store()
+        self._last()
 
 
-class PoolWorker:
+class PoolCaller(store_calls.StoreCaller):
     """Calls the store in the one thread of a gevent ThreadPool."""
 
-    def __init__(self, group: group_commit.GroupCommit) -> None:
+    def __init__(self, on_end: store_calls.OnEnd, last: Callable[[], None]) -> None:
         from gevent.threadpool import ThreadPool
 
-        self._group = group
-        self._pool = ThreadPool(1)
+        self._on_end, self._last = on_end, last
+        self._pool: Any = ThreadPool(1)
 
-    def run(self) -> None:
-        self._pool.spawn(self._group.operate).rawlink(lambda _: self._group.ended())
+    def run(self, call: store_calls.Call) -> None:
+        spawned = self._pool.spawn(store_calls.attempt, call)
+        spawned.rawlink(lambda ended: self._on_end(*ended.value))
 
     def close(self) -> None:
-        self._pool.spawn(self._group.close_store)
+        self._pool.spawn(self._last)
 
 
-WORKERS: Final[Mapping[str, type]] = {
-    "native": group_commit._Thread,
-    "pool": PoolWorker,
-    "loop": LoopWorker,
+CALLERS: Final[Mapping[str, Any]] = {
+    "native": store_calls.ThreadCaller,
+    "pool": PoolCaller,
+    "loop": LoopCaller,
 }
 
 
@@ -109,27 +109,29 @@ def open_tally(file: Path) -> memoryview[float]:
 def count_commits(tally: memoryview[float]) -> None:
     """Has every commit of this process counted, and timed with and without its handing over."""
     group_class: Any = group_commit.GroupCommit
-    operate, succeed = group_class.operate, group_class._succeed
+    call, succeed = group_class._commit_or_probe, group_class._succeed
 
-    def timed_operate(group: Any) -> None:
+    def timed_call(group: Any) -> Any:
         started_s = time.monotonic()
-        operate(group)
-        tally[STORE_S] += time.monotonic() - started_s
+        try:
+            return call(group)
+        finally:
+            tally[STORE_S] += time.monotonic() - started_s
 
-    def counted_succeed(group: Any, before: int | None) -> None:
-        tally[WHOLE_S] += time.monotonic() - group._started_at
+    def counted_succeed(group: Any, before: int | None, took_s: float) -> None:
+        tally[WHOLE_S] += took_s
         tally[COMMITS] += 1
-        tally[REQUESTS] += len(group._under_way)  # with one frame in flight
-        succeed(group, before)
+        tally[REQUESTS] += len(group._waiting._under_way)  # with one frame in flight
+        succeed(group, before, took_s)
 
-    group_class.operate, group_class._succeed = timed_operate, counted_succeed
+    group_class._commit_or_probe, group_class._succeed = timed_call, counted_succeed
 
 
 def serve(way: str, tally: Path, flags: Sequence[str]) -> int:
-    """Is server.py with another worker."""
+    """Is server.py with another caller of its store."""
     import server  # here, so that the comparison itself stays without a loop
 
-    group_commit._Thread = WORKERS[way]  # type: ignore[assignment, misc]
+    store_calls.ThreadCaller = CALLERS[way]  # type: ignore[misc]
     count_commits(open_tally(tally))
     return server.main(flags)
 
@@ -209,7 +211,7 @@ def compare(directory: Path, rounds: int, seconds: float) -> list[str]:
     results = Results(rounds, seconds)
     comparison = Comparison(directory, generator, peers.choose_cpus(), results)
     with ExitStack() as stack:
-        for way in WORKERS:
+        for way in CALLERS:
             started = peers.started(
                 make_peer(way, directory), comparison.cpus.server, directory / f"{way}.log"
             )

@@ -21,11 +21,12 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from counter.options.parser import ServerSettings
+from counter.options.server import ServerSettings
 from counter.serving.connection import LARGE_READ, SMALL_READ, Connection
 from counter.serving.server import CounterServer
 from counter.system.sockets import listen
-from counter.totals.counter import Counter, MemoryCounter, make_shared_counter
+from counter.totals.counter import Counter
+from counter.totals.memory import MemoryCounter, make_shared_counter
 from protocol import REPLY_SIZE, encode_frame
 
 CONNECTIONS: Final = 40
@@ -63,7 +64,7 @@ def measure(counter: Counter, frames: int) -> tuple[float, float]:
     def serve() -> None:
         for callback in callbacks:
             callback()
-        server.turn.commit()
+        server.commit()
         receive()
 
     def bare() -> None:

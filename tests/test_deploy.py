@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from counter.options.parser import ServerSettings, read_settings
+from counter.options.parser import read_settings
+from counter.options.server import ServerSettings
 from kit.harness import PATIENCE_S, ROOT, Command, ServerCommand, wait_until
 
 PROCESSES = pytest.mark.parametrize("processes", ["0", "2"])
@@ -78,7 +79,7 @@ def test_the_unit_is_one_that_systemd_accepts(tmp_path: Path) -> None:
 def test_the_unit_sets_only_options_that_there_are() -> None:
     unit = (ROOT / "deploy/counter.service").read_text()
     environment = dict(re.findall(r"^Environment=(COUNTER_\w+)=(.*)$", unit, re.MULTILINE))
-    settings = read_settings(ServerSettings, "server.py", "", [], environment)
+    settings = read_settings(ServerSettings, [], environment)
     assert settings.store.path == "/var/lib/counter/counter.db"
     assert settings.admin_port == 9100
 
@@ -88,9 +89,7 @@ def test_the_manifest_starts_the_server_with_options_that_there_are() -> None:
     (listed,) = re.findall(r"args: \[(.*?)\]", manifest, re.DOTALL)
     program, script, *arguments = re.findall(r'"([^"]*)"', listed)
     assert (program, script) == ("python", "server.py")
-    settings = read_settings(
-        ServerSettings, "server.py", "", arguments, {"COUNTER_SERVER_STORE": "redis://redis"}
-    )
+    settings = read_settings(ServerSettings, arguments, {"COUNTER_SERVER_STORE": "redis://redis"})
     assert (settings.host, settings.admin_host, settings.admin_port) == ("0.0.0.0", "0.0.0.0", 9100)
     assert settings.drain_timeout_s + 5 < 20  # preStop's sleep, and the grace period
 
@@ -102,7 +101,7 @@ def test_sigusr1_writes_settings_counts_and_stacks_and_stops_nothing(processes: 
             peer.add(5)
             server.signal(signal.SIGUSR1)
             server.error_line_with("SIGUSR1")
-            server.error_line_with("max_increment = 77")
+            server.error_line_with("--maxIncrement = 77")
             assert '"total": "5"' in server.error_line_with('"total"')
             for _ in range(max(1, int(processes))):
                 server.error_line_with("* Greenlets")
@@ -118,7 +117,7 @@ def test_sigusr1_shows_no_password(tmp_path: Path) -> None:
         url = redis.url().replace("redis://", "redis://:hushhush@")
         with ServerCommand("--store", url, "--processes", "0") as server:
             server.signal(signal.SIGUSR1)
-            assert "***" in server.error_line_with("store = ")
+            assert "***" in server.error_line_with("--store = ")
             server.stop()
             assert "hushhush" not in server.errors()
 

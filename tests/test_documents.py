@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from counter.options.parser import ClientSettings, ServerSettings
+from counter.options.client import ClientSettings
+from counter.options.server import ServerSettings
 from counter.system.version import VERSION
 from kit.certificates import kit
 from kit.harness import ROOT, Command, ServerCommand

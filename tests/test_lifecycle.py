@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_admin import AdminServer
 
+from kit.admin_server import AdminServer
 from kit.harness import ROOT, Command, ServerCommand, wait_until
 from kit.redis_server import RedisServer
 
@@ -70,9 +70,9 @@ def test_a_server_ends_with_its_total_while_another_keeps_the_queue(
 
 def test_processes_that_cannot_boot_end_a_server_that_has_an_admin_port() -> None:
     script = (
-        "import os, serving, server, sys\n"
+        "import counter.serving.server, os, server, sys\n"
         "def fail(*_): os.kill(os.getpid(), 9)\n"
-        "serving.make_decoder = fail\n"
+        "counter.serving.server.make_decoder = fail\n"
         "sys.exit(server.main(['--port', '0', '--adminPort', '0']))\n"
     )
     with Command("-c", script) as server:

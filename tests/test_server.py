@@ -379,10 +379,10 @@ def test_running_out_of_descriptors_is_logged_once_survived_and_recovered_from()
 def test_replies_do_not_wait_and_a_peer_that_vanished_is_found() -> None:
     check = """
 import socket, gevent
-from counter.totals.counter import MemoryCounter
+from counter.totals.memory import MemoryCounter
 from counter.serving.server import CounterServer
 from counter.system.sockets import listen
-from counter.options.parser import ServerSettings
+from counter.options.server import ServerSettings
 server = CounterServer(listen("127.0.0.1", 0, 1), MemoryCounter(), 1, ServerSettings())
 server.start()
 with socket.create_connection(server.address):

@@ -26,6 +26,7 @@ from counter.processes.slots import (
     WAITING,
     WORKERS,
     Slots,
+    now_ms,
 )
 
 # What the page shows: the requests of each second, for so many minutes.
@@ -137,8 +138,3 @@ class Status:
             "restarts": max(0, slot[STARTS] - 1),
             "away": bool(slot[AWAY_SINCE_MS]),
         }
-
-
-def now_ms() -> int:
-    """The monotonic clock in milliseconds, as slots keep it; never 0, which means never."""
-    return max(1, int(time.monotonic() * 1000))

@@ -29,10 +29,11 @@ from gevent.socket import socket as cooperative_socket
 from gevent.socket import wait_read
 
 from counter.load.schedule import Pace
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.results.result import CHECKABLE_SUM, WRONG_KEPT, Result
 from counter.results.timeline import Recorder
-from counter.tls.session import Session, TlsError, client_context
+from counter.tls.contexts import client_context
+from counter.tls.session import Session, TlsError
 from protocol import REPLY_SIZE, TOTAL_MASK, Batch, UniformBatch, decode_totals, encode_frame
 
 clock: Final = time.monotonic_ns

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from counter.load.process import LoadProcess, Share, SocketAddress
 from counter.load.recording import Record, history
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.proof.verify import UNDECIDED, Proof, verify
 from counter.results.result import PROCESS_DIED, Result, merged
 from counter.system.limits import whole_share

@@ -12,7 +12,6 @@ it; one stop ladder with one deadline ends them all.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import mmap
 import os
@@ -20,11 +19,14 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
-from typing import Final
+from typing import Final, NoReturn, Protocol
 
-EXIT_CANNOT_BOOT: Final = 3
+from counter.processes.child import Child, die_with_parent
+from counter.processes.signals import CUT_SIGNAL, HANDLED, STOP_SIGNALS
+from counter.system.backoff import backoff_s
+from counter.system.exits import EXIT_CANNOT_BOOT
 
 # Between attempts to replace processes that die before they are ready: doubled each time.
 FIRST_DELAY_S: Final = 0.1
@@ -35,14 +37,6 @@ ATTEMPTS: Final = 5
 # What a process may take beyond its own drain deadline before it is killed.
 KILL_GRACE_S: Final = 2.0
 
-# What the master sends after its second SIGTERM or SIGINT. Another SIGTERM would not do: two that
-# are sent before the first is handled are one.
-CUT_SIGNAL: Final = signal.SIGUSR2
-
-_PR_SET_PDEATHSIG: Final = 1
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-_HANDLED: Final = (*_STOP_SIGNALS, signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR1)
-
 _log = logging.getLogger("server")
 
 
@@ -50,64 +44,35 @@ class CannotBoot(Exception):
     """No process can serve, and trying again would not help."""
 
 
-class Stopped(BaseException):
-    """A signal asks the program to end, at a time when nothing is served."""
+class Program(Protocol):
+    """What the master asks of the program whose processes it keeps; all of it in the master."""
 
-    def __str__(self) -> str:
-        return "a signal ended the wait"
+    def on_ready(self) -> None:
+        """All processes are ready for the first time."""
 
+    def on_stop(self) -> None:
+        """The stopping begins."""
 
-def stop_on_signals() -> None:
-    """Has SIGTERM and SIGINT raise Stopped, and SIGHUP and SIGUSR1 do nothing: for the times before
-    and after the program serves. As the first process of a container it would otherwise not end."""
+    def on_reload(self) -> bool:
+        """SIGHUP came; true if every process shall get it too."""
 
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        raise Stopped
-
-    for number in _STOP_SIGNALS:
-        signal.signal(number, on_signal)
-    for number in (signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class ChildError(Exception):
-    """A helping process gave no answer."""
+    def on_dump(self) -> None:
+        """SIGUSR1 came, which every process gets then."""
 
 
 class Master:
-    """Keeps `count` processes running, each of which runs `serve(index, ready)`.
+    """Keeps one process for each of `children` running, and ends them within `drain_timeout_s`."""
 
-    `serve` calls `ready()` once it serves, ends at SIGTERM within `drain_timeout_s`, at CUT_SIGNAL
-    at once, and gives back the exit code of its process; EXIT_CANNOT_BOOT says that it
-    cannot start and has said why. `on_death(index)` is called in the master after each death,
-    `on_reload()` after SIGHUP; if it is true, every process gets SIGHUP. `on_dump()` after SIGUSR1,
-    which every process gets then. The last `aside` places serve something else: that they are
-    ready says nothing of whether the server can serve.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        serve: Callable[[int, Callable[[], None]], int],
-        drain_timeout_s: float,
-        on_death: Callable[[int], None],
-        on_reload: Callable[[], bool] = lambda: False,
-        on_dump: Callable[[], None] = lambda: None,
-        aside: int = 0,
-    ) -> None:
-        self._count = count
-        self._serving = count - aside
-        self._has_announced = False
-        self._serve = serve
+    def __init__(self, children: Sequence[Child], drain_timeout_s: float, program: Program) -> None:
+        self._children = children
         self._drain_timeout_s = drain_timeout_s
-        self._on_death = on_death
-        self._on_reload = on_reload
-        self._on_dump = on_dump
+        self._program = program
+        self._has_announced = False
         self._must_reload = False
         self._must_dump = False
         self._pid = os.getpid()
         self._indexes: dict[int, int] = {}  # of each living process, by pid
-        self._ready = mmap.mmap(-1, count)  # one byte a process, set by itself
+        self._ready = mmap.mmap(-1, len(children))  # one byte a process, set by itself
         self._were_ready: set[int] = set()
         self._has_served = False
         self._failures: dict[int, int] = {}  # of each place: deaths in a row before ready
@@ -117,26 +82,25 @@ class Master:
         for end in (self._wake_end, self._waker):
             os.set_blocking(end, False)
 
-    def run(self, on_ready: Callable[[], None], on_stop: Callable[[], None]) -> None:
+    def run(self) -> None:
         """Forks, supervises and stops; gives back when the last process has ended.
 
-        `on_ready` is called when all processes are ready for the first time, `on_stop` when the
-        stopping begins. CannotBoot if the processes cannot start.
+        CannotBoot if the processes cannot start.
         """
-        previous = {number: signal.signal(number, self._on_signal) for number in _HANDLED}
+        previous = {number: signal.signal(number, self._on_signal) for number in HANDLED}
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         try:
             self._fork_missing()
             self._until_ready()
             if not self._stop_signals:
-                on_ready()
+                self._program.on_ready()
                 self._has_announced = True
                 self._obey()
             while not self._stop_signals:
                 self._wait(self._seconds_to_retry())
                 self._fork_missing()
         finally:
-            on_stop()
+            self._program.on_stop()
             self._stop()
             signal.set_wakeup_fd(-1)
             for number, handler in previous.items():
@@ -146,7 +110,7 @@ class Master:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Records; that the loop wakes is the wake-up descriptor's work."""
-        if number in _STOP_SIGNALS:
+        if number in STOP_SIGNALS:
             self._stop_signals += 1
         elif number == signal.SIGHUP:
             self._must_reload = True
@@ -154,7 +118,7 @@ class Master:
             self._must_dump = True
 
     def _until_ready(self) -> None:
-        while not self._stop_signals and not all(self._ready[i] for i in range(self._count)):
+        while not self._stop_signals and len(self._were_ready) < len(self._children):
             self._wait(self._seconds_to_retry())
             self._fork_missing()
 
@@ -165,9 +129,9 @@ class Master:
             os.read(self._wake_end, 4096)
         self._reap()
         self._obey()
-        ready = {index for index in range(self._count) if self._ready[index]}
+        ready = {index for index in range(len(self._children)) if self._ready[index]}
         for index in ready - self._were_ready:
-            self._has_served = self._has_served or index < self._serving
+            self._has_served = self._has_served or self._children[index].is_vital
             self._failures.pop(index, None)
         self._were_ready = ready
 
@@ -175,12 +139,12 @@ class Master:
         """Does what SIGHUP and SIGUSR1 ask for."""
         if self._must_dump:
             self._must_dump = False
-            self._on_dump()
+            self._program.on_dump()
             self._tell(signal.SIGUSR1)
         # Before all are ready nobody is told that they are, which a reload does at its end.
         if self._must_reload and self._has_announced and not self._stop_signals:
             self._must_reload = False
-            if self._on_reload():
+            if self._program.on_reload():
                 self._tell(signal.SIGHUP)
 
     def _seconds_to_retry(self) -> float | None:
@@ -205,22 +169,22 @@ class Master:
             if index is not None:
                 was_ready = bool(self._ready[index])
                 self._ready[index] = 0
-                self._on_death(index)
+                self._children[index].on_death()
                 if not self._stop_signals:
                     self._note_death(index, pid, os.waitstatus_to_exitcode(status), was_ready)
 
     def _note_death(self, index: int, pid: int, code: int, was_ready: bool) -> None:
-        name = "serving process" if index < self._serving else "admin process"
+        name = self._children[index].name
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if was_ready:
-            self._has_served = self._has_served or index < self._serving
+            self._has_served = self._has_served or self._children[index].is_vital
             _log.warning("%s %d %s and is replaced", name, pid, how)
             return
         failures = self._failures[index] = self._failures.get(index, 0) + 1
         # Once any process has served, the total is worth more than giving up: it is tried for ever.
         if not self._has_served and (code == EXIT_CANNOT_BOOT or failures >= ATTEMPTS):
             raise CannotBoot(f"{name} {pid} {how} before it was ready")
-        delay_s = min(LAST_DELAY_S, FIRST_DELAY_S * 2 ** min(failures - 1, 10))
+        delay_s = backoff_s(failures, FIRST_DELAY_S, LAST_DELAY_S)
         _log.warning(
             "%s %d %s before it was ready; another is tried in %.1f s",
             name,
@@ -234,14 +198,15 @@ class Master:
         """Forks a process for each place that has none, unless it is too early to try again."""
         if self._stop_signals:
             return
-        for index in sorted(set(range(self._count)) - set(self._indexes.values())):
+        for index in sorted(set(range(len(self._children))) - set(self._indexes.values())):
             if self._retry_at.get(index, 0.0) > time.monotonic():
                 continue
             self._retry_at.pop(index, None)
             try:
                 self._fork(index)
             except OSError as error:
-                reason = f"cannot fork serving process {index + 1} of {self._count}"
+                place = f"{index + 1} of {len(self._children)}"
+                reason = f"cannot fork {self._children[index].name} {place}"
                 remedy = "raise the limit (ulimit -u) or lower --processes"
                 if not self._has_served:
                     raise CannotBoot(f"{reason}: {error.strerror}; {remedy}") from None
@@ -250,17 +215,17 @@ class Master:
 
     def _fork(self, index: int) -> None:
         # Blocked, a signal waits for the child's own handlers instead of running the master's.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
             pid = os.fork()
             if not pid:
                 self._live(index)
             self._indexes[pid] = index
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
 
-    def _live(self, index: int) -> None:
-        """The life of a child; does not return."""
+    def _live(self, index: int) -> NoReturn:
+        """The life of a child."""
         code = EXIT_CANNOT_BOOT
         try:
             signal.set_wakeup_fd(-1)
@@ -271,11 +236,11 @@ class Master:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             # A Ctrl-C in a terminal reaches every process of it; the master's word counts.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
             die_with_parent(self._pid)
-            code = self._serve(index, lambda: self._say_ready(index))
+            code = self._children[index].live(lambda: self._say_ready(index))
         except Exception:
-            _log.exception("a serving process failed")
+            _log.exception("%s failed", self._children[index].name)
             code = 1 if self._ready[index] else EXIT_CANNOT_BOOT
         finally:
             try:
@@ -303,7 +268,7 @@ class Master:
                 deadline = min(deadline, time.monotonic() + KILL_GRACE_S)
             self._wait(max(0.0, deadline - time.monotonic()))
         if self._indexes:
-            _log.warning("%d serving processes did not end and are killed", len(self._indexes))
+            _log.warning("%d processes did not end and are killed", len(self._indexes))
             self._tell(signal.SIGKILL)
         while self._indexes:
             self._wait(None)
@@ -311,69 +276,3 @@ class Master:
     def _tell(self, number: signal.Signals) -> None:
         for pid in self._indexes:
             os.kill(pid, number)
-
-
-def ask_child(work: Callable[[], str], timeout_s: float) -> str:
-    """What `work` gives, in a process of its own: what it opens and imports ends with it.
-
-    ChildError if it does not come within `timeout_s`, or not at all (then its log says why).
-    """
-    parent = os.getpid()
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            signal.set_wakeup_fd(-1)
-            for number in _HANDLED:
-                signal.signal(number, signal.SIG_DFL)
-            die_with_parent(parent)
-            text = work()
-            # Only now: the end of the pipe is the end of this process, and a failure is said first.
-            with open(write_end, "w", encoding="utf-8") as answer:
-                answer.write(text)
-            code = 0
-        except Exception:
-            _log.exception("a helping process failed")
-        finally:
-            os._exit(code)
-    os.close(write_end)
-    try:
-        return _read_all(read_end, timeout_s)
-    finally:
-        os.close(read_end)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-
-def _read_all(fd: int, timeout_s: float) -> str:
-    """What a pipe holds up to its end, which must come in time and not at once."""
-    deadline = time.monotonic() + timeout_s
-    data = b""
-    while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        more = os.read(fd, 65536)
-        if more:
-            data += more
-        elif data:
-            return data.decode()
-        else:
-            raise ChildError("it failed; the log says why")
-    raise ChildError(f"no answer within {timeout_s:g} s")
-
-
-def split_evenly(whole: int, parts: int) -> Sequence[int]:
-    """`whole` as so many whole numbers that differ by one at most, the larger ones first."""
-    return [whole // parts + (index < whole % parts) for index in range(parts)]
-
-
-def die_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when its parent dies, also when it is dead already.
-
-    `parent` is the pid from before the fork: a parent that died before the request was made is
-    found by comparing it. Use on the main thread of a parent whose forking thread does not end.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "cannot ask to be killed with the parent")
-    if os.getppid() != parent:
-        os._exit(1)

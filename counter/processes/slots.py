@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import time
 import weakref
 from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
@@ -120,3 +121,13 @@ class Slots:
             ),
             default=None,
         )
+
+
+def now_ms() -> int:
+    """The clock that cells are kept by: monotonic, in milliseconds; never 0, which means never."""
+    return to_ms(time.monotonic())
+
+
+def to_ms(moment_s: float) -> int:
+    """A moment of time.monotonic() as now_ms() gives it."""
+    return max(1, int(moment_s * 1000))

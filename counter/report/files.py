@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Final
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.report.report import EXIT_ERRORS, as_json, first_of, lines
 from counter.report.thresholds import Outcome
 from counter.results.result import Result

@@ -10,13 +10,14 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
+from counter.options.shown import shown
 from counter.options.values import masked
 from counter.proof.verify import EXPLAINED, IMPOSSIBLE, PROVED
 from counter.report import charts
@@ -104,7 +105,7 @@ def as_html(
         _command(conditions.command),
         _pairs(_conditions(result, settings, conditions, address, date)),
         "<details><summary>Every option</summary>",
-        _pairs(_options(settings)),
+        _pairs((option.flag, option.text) for option in shown(settings)),
         "</details>",
     ]
     return f"""<!doctype html>
@@ -237,16 +238,6 @@ def versions() -> list[str]:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return found
-
-
-def _options(settings: ClientSettings) -> list[tuple[str, str]]:
-    found = []
-    for declared in fields(settings):
-        value = getattr(settings, declared.name)
-        text = str(value).lower() if isinstance(value, bool) else masked(str(value))
-        shown = "not set" if value is None or value == () else text
-        found.append((declared.metadata["flag"], shown))
     return found
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, TextIO
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.report.report import count, format_ns
 from counter.results.result import Result
 

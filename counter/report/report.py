@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
+from counter.options.shown import plain_values
 from counter.proof.verify import IMPOSSIBLE, Proof
 from counter.results.result import CHECKABLE_SUM, PROCESS_DIED, Histogram, Result
 from protocol import TOTAL_MASK
@@ -208,7 +209,7 @@ def as_json(result: Result, settings: ClientSettings, outcomes: Sequence[Outcome
     return json.dumps(
         {
             "version": JSON_VERSION,
-            "settings": {f.name: _plain(getattr(settings, f.name)) for f in fields(settings)},
+            "settings": plain_values(settings),
             "python": platform.python_version(),
             "machine": platform.platform(),
             "connections": result.connections,
@@ -286,7 +287,3 @@ def _total(total: int | None) -> str:
 
 def _text(number: int | None) -> str | None:
     return None if number is None else str(number)
-
-
-def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, bool | int | float) else str(value)

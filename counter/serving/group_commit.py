@@ -2,26 +2,23 @@
 
 What connections ask for while a commit is under way waits together and is the next commit: one
 addition of the sum, from which each gets its own total. The loop starts a commit and is called back
-when it has ended; the store's own work is done elsewhere, by a thread where it blocks, otherwise by
-a greenlet. One callback answers all that a commit held.
+when it has ended; the store's own work is done elsewhere (store_calls.py). One callback answers all
+that a commit held.
 
-The invariant: an addition waits, is part of the one commit under way, or is answered or withdrawn.
-What is part of a commit whose outcome is in doubt stays so until the store has said what became of
-it; nothing else is committed before. Only what waits can be withdrawn.
+The invariant: what is part of a commit whose outcome is in doubt stays so until the store has said
+what became of it; nothing else is committed before. Only what waits can be withdrawn.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, MutableSequence
-from itertools import accumulate, compress
-from typing import TYPE_CHECKING, Any, Final
+from enum import Enum
+from typing import Any, Final, Protocol
 
 import gevent
-from gevent import monkey
 
 from counter.processes.slots import (
     COMMIT_BOUNDS_S,
@@ -33,15 +30,15 @@ from counter.processes.slots import (
     REQUESTS,
     TOTAL,
     TOTAL_AT_MS,
+    now_ms,
 )
+from counter.serving.additions import Additions, Asker
+from counter.serving.ending import Ending
+from counter.serving.store_calls import make_caller
+from counter.serving.waiting import Asked, Waiting
+from counter.system.backoff import backoff_s
 from counter.totals.store import InDoubt, Store, StoreAway
-from protocol import MAX_UNREAD_FRAMES, TOTAL_MASK, Batch, encode_total
-
-if TYPE_CHECKING:
-    from counter.serving.connection import Connection
-
-Asked = tuple["Connection", int, "Batch | None"]
-Marks = list[tuple[float, int]]  # of a list of what is asked: when so many of it waited already
+from protocol import TOTAL_MASK, Batch, encode_total
 
 # A store that has not answered for so long is away, though it has not said so.
 SILENT_S: Final = 1.0
@@ -61,11 +58,55 @@ LONGEST_GATHER_S: Final = 0.005
 _log = logging.getLogger("server")
 
 
-class GroupCommit:
+class Outage(Protocol):
+    """Who is told how the store fares, as often as it is found."""
+
+    def begin(self, reason: str) -> None:
+        """The store is away."""
+
+    def end(self) -> None:
+        """The store has done what it was asked."""
+
+
+class State(Enum):
+    """What the store is at."""
+
+    IDLE = "nothing"
+    GATHERING = "waiting for more to commit"
+    COMMITTING = "a commit, or a probe where nobody asked"
+    RETRYING = "waiting for the next attempt"
+    DOUBTING = "waiting for the next attempt to settle a commit"
+    SETTLING = "settling a commit"
+    CLOSED = "no more"
+
+
+_MAY_FOLLOW: Final = {
+    State.IDLE: {State.COMMITTING, State.CLOSED},
+    State.GATHERING: {State.IDLE, State.COMMITTING, State.CLOSED},
+    State.COMMITTING: {
+        State.IDLE,
+        State.GATHERING,
+        State.RETRYING,
+        State.DOUBTING,
+        State.CLOSED,
+    },
+    State.RETRYING: {State.COMMITTING, State.CLOSED},
+    State.DOUBTING: {State.SETTLING, State.CLOSED},
+    State.SETTLING: {
+        State.IDLE,
+        State.GATHERING,
+        State.RETRYING,
+        State.DOUBTING,
+        State.CLOSED,
+    },
+}
+
+
+class GroupCommit(Additions):
     """What the connections of one process ask of a store; stands where Turn does for a memory.
 
-    To be used in the loop. `on_away(reason)` is called when the store is found to be away,
-    `on_back()` when it adds again, `on_loss()` when it is found to have lost what it had answered.
+    `outage` is told whether the store is there; `on_loss()` is called when it is found to have lost
+    what it had answered.
     """
 
     def __init__(
@@ -73,181 +114,145 @@ class GroupCommit:
         store: Store,
         slot: MutableSequence[int],
         timeout_s: float,
-        on_away: Callable[[str], None],
-        on_back: Callable[[], None],
+        outage: Outage,
         on_loss: Callable[[], None],
     ) -> None:
         self._store = store
         self._slot = slot
         self._timeout_s = timeout_s
-        self._on_away = on_away
-        self._on_back = on_back
+        self._outage = outage
         self._on_loss = on_loss
         self._losses = 0
         self._loop: Any = gevent.get_hub().loop
-        self._worker = _Thread(self) if store.blocks else _Greenlet(self)
-        # Never replaced: the worker takes from its head while the loop appends.
-        self._asked: list[Asked] = []
-        self._taking = _raw_lock()
-        self._marks: Marks = []  # of `_asked`
-        self._under_way: list[Asked] = []
-        self._marks_under_way: Marks = []
-        self._busy = False  # a call to the store is under way
+        self._caller = make_caller(store.blocks, self._ended, store.close)
+        self._waiting = Waiting()
+        self._state = State.IDLE
+        self._timer: Any = None  # ends GATHERING, RETRYING or DOUBTING
+        self._expected = 0  # so many are waited for while GATHERING
+        self._failures = 0  # in a row
         self._started_at = 0.0
         self._ended_at = 0.0  # of the last call that succeeded
-        self._in_doubt = False
-        self._outcome: int | None = None
-        self._error: Exception | None = None
-        self._expected = 0  # so many are waited for before the next commit
-        self._gathering: Any = None
-        self._failures = 0  # in a row
-        self._retry: Any = None
-        self._away = False
-        self._closed = False
 
-    def ask(self, connection: Connection, amount: int, batch: Batch | None) -> None:
-        """Has an addition wait for the next commit; a connection with very many is not read."""
-        connection.owed += 1 if batch is None else len(batch)
-        self._asked.append((connection, amount, batch))
-        if connection.owed >= MAX_UNREAD_FRAMES:
-            connection.wake()
+    def ask(self, connection: Asker, amount: int, batch: Batch | None) -> None:
+        """Has an addition wait for the next commit."""
+        connection.owe(1 if batch is None else len(batch))
+        self._waiting.append(connection, amount, batch)
 
     def commit(self) -> None:
-        """Starts a commit of what waits, unless one is under way or it is too early.
-
-        Called by the loop before it waits, and by whoever acts on a connection in between.
-        """
-        idle = not (self._busy or self._retry or self._closed)
-        if idle and self._asked and len(self._asked) >= self._expected:
+        """Starts a commit of what waits, unless one is under way or it is too early."""
+        state, count = self._state, len(self._waiting)
+        if (state is State.IDLE and count) or (
+            state is State.GATHERING and count >= self._expected
+        ):
             self._start()
 
     def sweep(self, now: float) -> None:
         """Withdraws what has waited too long, and notices a store that is silent."""
-        late_at = now - self._timeout_s
-        with self._taking:
-            overdue = self._under_way[: _late(self._marks_under_way, late_at)]
-            overdue += self._asked[: _late(self._marks, late_at)]
-            if overdue:
-                self._withdraw(overdue)
-                # Whatever else those connections asked for stands behind what is withdrawn.
-                self._asked[:], self._marks = _still_owed(self._asked, self._marks)
-            if self._asked and (not self._marks or self._marks[-1][1] < len(self._asked)):
-                self._marks.append((now, len(self._asked)))
-        if self._busy:
+        self._waiting.withdraw_older(now - self._timeout_s, now, self._withdraw)
+        if self.is_busy:
             if now - self._started_at >= SILENT_S:
-                self._be_away(f"no answer for {SILENT_S:g} s")
-        elif now - self._ended_at >= HEARTBEAT_S and not (self._retry or self._closed):
+                self._outage.begin(f"no answer for {SILENT_S:g} s")
+        elif self.is_idle and now - self._ended_at >= HEARTBEAT_S:
             self._start()
 
     def close(self) -> None:
-        """Ends the worker when it has ended what it does; nothing more is committed."""
-        self._closed = True
-        for timer in (self._gathering, self._retry):
-            if timer:
-                timer.close()
-        self._retry = None
-        self._worker.close()
+        """Ends when the store has ended what it is at; nothing more is committed."""
+        self._enter(State.CLOSED)
+        self._caller.close()
 
-    def operate(self) -> None:
-        """One call to the store, by the worker."""
-        self._error = None
-        try:
-            if self._in_doubt:
-                self._outcome = self._store.settle()
-            elif self._asked:
-                self._outcome = self._store.commit(self._take)
-            else:
-                self._outcome = self._store.probe()
-        except Exception as error:
-            self._error = error
+    @property
+    def is_idle(self) -> bool:
+        """Whether the store has nothing to do, now or when some time has passed."""
+        return self._state in (State.IDLE, State.GATHERING)
 
-    def close_store(self) -> None:
-        """The worker's last act."""
-        self._store.close()
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call to the store is under way."""
+        return self._state in (State.COMMITTING, State.SETTLING)
 
-    def _take(self) -> int:
-        """Moves all that waits into the commit; gives back its sum. Called by the worker.
+    def _enter(self, state: State, after_s: float | None = None) -> None:
+        """Changes the state; one that is to end by itself does so `after_s`."""
+        if self._state is State.CLOSED:
+            return
+        assert state in _MAY_FOLLOW[self._state], f"{state} after {self._state}"
+        self._state = state
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+        if after_s is not None:
+            self._timer = self._loop.timer(after_s)
+            self._timer.start(self._on_timer)
 
-        A connection that was withdrawn since it asked is owed nothing, and nothing of it is added.
-        """
-        with self._taking:
-            count = len(self._asked)
-            marks, self._marks = self._marks, []
-            if not marks or marks[-1][1] < count:
-                marks.append((time.monotonic(), count))
-            self._under_way, self._marks_under_way = _still_owed(self._asked[:count], marks)
-            del self._asked[:count]
-        return sum([amount for _, amount, _ in self._under_way])
+    def _on_timer(self) -> None:
+        if self._state is not State.GATHERING:
+            self._start()
+            return
+        self._enter(State.IDLE)
+        self.commit()
 
     def _start(self) -> None:
-        if self._gathering:
-            self._gathering.close()
-            self._gathering = None
-        self._retry = None
-        self._busy = True
+        """Begins a call to the store."""
+        settles = self._state is State.DOUBTING
+        self._enter(State.SETTLING if settles else State.COMMITTING)
         self._started_at = time.monotonic()
-        self._worker.run()
+        self._caller.run(self._store.settle if settles else self._commit_or_probe)
 
-    def ended(self) -> None:
+    def _commit_or_probe(self) -> int:
+        """The caller's call: what waits when it begins is committed; without any, a probe."""
+        if self._waiting:
+            return self._store.commit(self._waiting.take)
+        return self._store.probe()
+
+    def _ended(self, before: int | None, error: Exception | None) -> None:
         """A call to the store has ended; runs in the loop."""
-        self._busy = False
-        error = self._error
         if error is None:
-            took_s = self._measure()
-            self._failures = 0
-            # One that always takes so long is not away and back with every commit.
-            if self._away and took_s < SILENT_S:
-                self._away = False
-                self._on_back()
-            if self._store.losses > self._losses:
-                self._losses = self._store.losses
-                self._on_loss()
-            self._succeed(self._outcome)
+            self._succeed(before, self._measure())
         elif isinstance(error, StoreAway):
-            if isinstance(error, InDoubt):
-                self._in_doubt = True
-            elif not self._in_doubt and self._under_way:
-                self._put_back()
-            self._try_again(str(error))
+            if isinstance(error, InDoubt) or self._state is State.SETTLING:
+                self._try_again(str(error), State.DOUBTING)
+            else:
+                self._waiting.put_back()
+                self._try_again(str(error), State.RETRYING)
         else:
             _log.error("the store failed", exc_info=error)
-            self._in_doubt = False
-            self._withdraw(self._under_way)
-            self._under_way = []
+            self._withdraw(self._waiting.finish())
             self._store.close()
-            self._try_again(str(error))
+            self._try_again(str(error), State.RETRYING)
 
     def _measure(self) -> float:
         """Seconds that the call took, which are counted if it was a commit."""
         now = self._ended_at = time.monotonic()
         took_s = now - self._started_at
-        if self._under_way:
+        if self._waiting.is_under_way:
             self._slot[COMMITS + bisect_left(COMMIT_BOUNDS_S, took_s)] += 1
             self._slot[COMMIT_US] += int(took_s * 1e6)
         return took_s
 
-    def _succeed(self, before: int | None) -> None:
-        under_way, self._under_way = self._under_way, []
-        self._in_doubt = False
+    def _succeed(self, before: int | None, took_s: float) -> None:
+        """Answers what the call held; `before` is None where its outcome can never be known."""
+        self._failures = 0
+        # One that always takes so long is not away and back with every commit.
+        if took_s < SILENT_S:
+            self._outage.end()
+        if self._store.losses > self._losses:
+            self._losses = self._store.losses
+            self._on_loss()
+        under_way = self._waiting.finish()
         if before is None:
             self._withdraw(under_way)
         else:
             self._note_total(self._answer(under_way, before))
-        if self._closed:
-            return
-        self._expected = (len(under_way) + len(self._asked)) // 2
-        if len(self._asked) < self._expected:
+        count = len(self._waiting)
+        self._expected = (len(under_way) + count) // 2
+        if count < self._expected:
             took_s = time.monotonic() - self._started_at
-            self._gathering = self._loop.timer(min(took_s, LONGEST_GATHER_S))
-            self._gathering.start(self._gathered)
-
-    def _gathered(self) -> None:
-        self._expected = 0
-        self.commit()
+            self._enter(State.GATHERING, after_s=min(took_s, LONGEST_GATHER_S))
+        else:
+            self._enter(State.IDLE)
 
     def _note_total(self, total: int) -> None:
         self._slot[TOTAL] = total
-        self._slot[TOTAL_AT_MS] = int(time.monotonic() * 1000)
+        self._slot[TOTAL_AT_MS] = now_ms()
 
     def _answer(self, under_way: list[Asked], before: int) -> int:
         """Replies to all that a commit held; gives back the total after it."""
@@ -267,106 +272,17 @@ class GroupCommit:
         self._slot[READS] += len(under_way)
         return before
 
-    def _put_back(self) -> None:
-        """What a commit held that was not made waits again, in front of what came since."""
-        with self._taking:
-            again, marks = _still_owed(self._under_way, self._marks_under_way)
-            self._marks = [*marks, *((at, len(again) + count) for at, count in self._marks)]
-            self._asked[:0] = again
-            self._under_way = []
-
-    def _try_again(self, reason: str) -> None:
+    def _try_again(self, reason: str, state: State) -> None:
         """After a failure: at once the first time, as a broken connection is soon a new one."""
         self._failures += 1
         delay_s = 0.0
         if self._failures > 1:
-            self._be_away(reason)
-            delay_s = min(LAST_DELAY_S, FIRST_DELAY_S * 2 ** min(self._failures - 2, 10))
-        if not self._closed:
-            self._retry = self._loop.timer(delay_s)
-            self._retry.start(self._start)
-
-    def _be_away(self, reason: str) -> None:
-        if not self._away:
-            self._away = True
-            self._on_away(reason)
+            self._outage.begin(reason)
+            delay_s = backoff_s(self._failures - 1, FIRST_DELAY_S, LAST_DELAY_S)
+        self._enter(state, after_s=delay_s)
 
     def _withdraw(self, asked: list[Asked]) -> None:
         for connection, _, _ in asked:
             if connection.owed:
-                self._slot[REFUSED + REASONS.index("store")] += 1
-                connection.withdraw("store")
-
-
-def _late(marks: Marks, late_at: float) -> int:
-    """How many waited already at a moment."""
-    return max((count for at, count in marks if at <= late_at), default=0)
-
-
-def _still_owed(asked: list[Asked], marks: Marks) -> tuple[list[Asked], Marks]:
-    """What is asked by connections that were not withdrawn since, and the marks of that."""
-    kept = [bool(connection.owed) for connection, _, _ in asked]
-    if all(kept):
-        return asked, marks
-    left = list(accumulate(kept, initial=0))
-    return list(compress(asked, kept)), [(at, left[count]) for at, count in marks if left[count]]
-
-
-class _Greenlet:
-    """Runs the calls of a store that waits as a greenlet does."""
-
-    def __init__(self, group: GroupCommit) -> None:
-        self._group = group
-        self._running: Any = None
-
-    def run(self) -> None:
-        self._running = gevent.spawn(self._operate)
-
-    def _operate(self) -> None:
-        self._group.operate()
-        self._group.ended()
-
-    def close(self) -> None:
-        if self._running is not None:
-            self._running.kill()
-        self._group.close_store()
-
-
-class _Thread:
-    """Runs the calls of a store that blocks, in a thread of the system.
-
-    The loop hands over by releasing a lock and is woken by an async watcher. Nothing else of gevent
-    is touched by the thread, nor what its patches have replaced, logging among it.
-    """
-
-    def __init__(self, group: GroupCommit) -> None:
-        self._group = group
-        self._closing = False
-        self._gate = _raw_lock()
-        self._gate.acquire()
-        self._ended = gevent.get_hub().loop.async_()
-        self._ended.start(group.ended)
-        monkey.get_original("_thread", "start_new_thread")(self._live, ())
-
-    def run(self) -> None:
-        self._gate.release()
-
-    def _live(self) -> None:
-        while True:
-            self._gate.acquire()
-            if self._closing:
-                self._group.close_store()
-                return
-            self._group.operate()
-            self._ended.send()
-
-    def close(self) -> None:
-        self._closing = True
-        if self._gate.locked():
-            self._gate.release()
-
-
-def _raw_lock() -> threading.Lock:
-    """A lock of the system's threads, also where gevent has replaced those of Python."""
-    lock: threading.Lock = monkey.get_original("_thread", "allocate_lock")()
-    return lock
+                self._slot[REFUSED + REASONS.index(Ending.STORE.value)] += 1
+                connection.withdraw()

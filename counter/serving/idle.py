@@ -8,59 +8,70 @@ connection waited in the queue itself counts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from counter.processes.slots import WORKERS
-from counter.system.sockets import waiting_connections
-
-if TYPE_CHECKING:
-    from counter.serving.server import CounterServer
+from collections.abc import Iterable
+from typing import Generic, Protocol, TypeVar
 
 
-class Room:
-    """Makes room in one serving process; make() is called by its sweep while its Pool is full."""
+class Idler(Protocol):
+    """What is asked of a connection that may be idle."""
 
-    def __init__(self, server: CounterServer, idle_timeout_s: float) -> None:
-        self._server = server
+    def idle_for_s(self) -> float | None:
+        """Seconds since the peer's last byte; None while anything is under way."""
+
+
+C = TypeVar("C", bound=Idler)
+
+
+class Crowd(Protocol[C]):
+    """What making room may see of those who hold workers and those who wait for one."""
+
+    def count_waiting(self) -> int:
+        """Connections in the backlog that no process of the server has a free worker for."""
+
+    def holders(self) -> Iterable[C]:
+        """The connections that hold the workers of this process."""
+
+    def warn_full(self, waiting: int) -> None:
+        """Says that so many wait, if this process is the one to say it."""
+
+    def end_idle(self, connection: C) -> None:
+        """Ends a connection in favour of one that waits."""
+
+
+class Room(Generic[C]):
+    """Makes room in one of `processes` serving processes; make() is called by its sweep while every
+    worker of it is taken."""
+
+    def __init__(self, crowd: Crowd[C], processes: int, idle_timeout_s: float) -> None:
+        self._crowd = crowd
+        self._processes = processes
         self._idle_timeout_s = idle_timeout_s
-        self.look_at = 0.0  # none that was there can have been idle for long enough before
+        self._look_at = 0.0  # none that was there can have been idle for long enough before
+
+    def note_arrival(self) -> None:
+        """A connection got a worker; it may have waited for longer than any other idles."""
+        self._look_at = 0.0
 
     def make(self, now: float) -> None:
         """Warns that connections wait, if they do, and ends idle ones in their favour."""
-        server = self._server
-        if server.slots.fewest_connections(but=server.index) is not None:
-            return  # another process has a free worker and takes what waits
-        waiting = waiting_connections(server.socket)
+        waiting = self._crowd.count_waiting()
         if not waiting:
             return
-        self._warn(waiting)
-        if now >= self.look_at:
+        self._crowd.warn_full(waiting)
+        if now >= self._look_at:
             # Every process of a full server does this: together they end as many as wait.
-            self._end_idle(now, -(-waiting // len(server.slots)))
+            self._end_idle(now, -(-waiting // self._processes))
 
     def _end_idle(self, now: float, wanted: int) -> None:
         """Ends up to `wanted` connections. Asking the kernel about each takes 1 us or two, so it is
         not done before one of them can be due."""
-        asked = [(connection.idle_for_s(), connection) for connection in self._server.pool]
+        asked = [(connection.idle_for_s(), connection) for connection in self._crowd.holders()]
         idle = [(idle_s, connection) for idle_s, connection in asked if idle_s is not None]
         idle.sort(key=lambda pair: pair[0], reverse=True)
         due = [connection for idle_s, connection in idle if idle_s > self._idle_timeout_s]
         for connection in due[:wanted]:
-            self._server.gave_up_idle(connection)
+            self._crowd.end_idle(connection)
         longest_s = idle[len(due)][0] if len(due) < len(idle) else 0.0
         # A busy one may have been silent for long when it is done.
         any_busy = len(idle) < len(asked)
-        self.look_at = now if due or any_busy else now + self._idle_timeout_s - longest_s
-
-    def _warn(self, waiting: int) -> None:
-        """The first of the processes says so, for all."""
-        slots = self._server.slots
-        first = next(i for i in range(len(slots)) if slots[i][WORKERS])
-        if self._server.index == first:
-            self._server.limited_log.warning(
-                "full",
-                "all %d workers are taken and %d connections wait; "
-                "raise --multiplier to serve more at once",
-                slots.sum(WORKERS),
-                waiting,
-            )
+        self._look_at = now if due or any_busy else now + self._idle_timeout_s - longest_s

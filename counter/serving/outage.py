@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from counter.processes.slots import AWAY_SINCE_MS, Slots
+from counter.processes.slots import AWAY_SINCE_MS, Slots, to_ms
 
 
 class Outage:
@@ -33,11 +33,16 @@ class Outage:
         self._store = store
         self._patience = patience
         self._clock = clock
-        self._began_ms = 0
+        self._began_ms = 0  # 0: it is not away
 
     def begin(self, reason: str) -> None:
-        """Notes, and says if this process is the first, that the store is away."""
-        now_ms = self._now_ms()
+        """Notes, and says if this process is the first, that the store is away.
+
+        Nothing more while it is.
+        """
+        if self._began_ms:
+            return
+        now_ms = to_ms(self._clock())
         with self._slots.alone():
             self._slots[self._index][AWAY_SINCE_MS] = now_ms
             others_ms = self._of_others()
@@ -52,16 +57,16 @@ class Outage:
                 )
 
     def end(self) -> None:
-        """Notes, and says if this process is the last, that the store is back."""
+        """Notes, and says if this process is the last, that the store is back, if it was away."""
+        if not self._began_ms:
+            return
         with self._slots.alone():
             self._slots[self._index][AWAY_SINCE_MS] = 0
             if not self._of_others():
-                away_s = (self._now_ms() - self._began_ms) / 1000
+                away_s = (to_ms(self._clock()) - self._began_ms) / 1000
                 self._log.warning("store %s is back after %.1f s", self._store, away_s)
+        self._began_ms = 0
 
     def _of_others(self) -> list[int]:
         cells = (self._slots[i][AWAY_SINCE_MS] for i in range(len(self._slots)) if i != self._index)
         return [since_ms for since_ms in cells if since_ms]
-
-    def _now_ms(self) -> int:
-        return max(1, int(self._clock() * 1000))

@@ -9,14 +9,11 @@ batching stay. A refused handshake ends with an alert and FIN, so that the peer 
 from __future__ import annotations
 
 import _socket
-import time
-from typing import TYPE_CHECKING
+import ssl
 
-from counter.serving.connection import LARGE_READ, Connection
+from counter.serving.connection import LARGE_READ, Connection, Host
+from counter.serving.ending import Ending
 from counter.tls.session import Session, TlsError
-
-if TYPE_CHECKING:
-    from counter.serving.server import CounterServer
 
 
 class TlsConnection(Connection):
@@ -24,11 +21,10 @@ class TlsConnection(Connection):
 
     __slots__ = ("session",)
 
-    def __init__(self, server: CounterServer, sock: _socket.socket) -> None:
-        assert server.tls_context is not None
-        self.session = Session(server.tls_context)
-        super().__init__(server, sock)
-        server.incomplete[self] = time.monotonic()
+    def __init__(self, host: Host, sock: _socket.socket, context: ssl.SSLContext) -> None:
+        self.session = Session(context)
+        super().__init__(host, sock)
+        host.deadlines.begin(self)
 
     def on_readable(self) -> None:
         """Takes what has arrived; runs in the loop and never waits."""
@@ -53,37 +49,37 @@ class TlsConnection(Connection):
         try:
             frames = session.receive(data)
         except TlsError as error:
-            self.server.refused("tls", f"{self.peer()}: {error}")
+            self.host.refused(Ending.TLS, f"{self.peer()}: {error}")
             self.transmit(session.outgoing())
-            self.end("tls", lingers=True)
+            self.end(Ending.TLS)
             return
         if answer := session.outgoing():
             self.transmit(answer)
         if not session.handshaken:
             return
-        incomplete = self.server.incomplete
-        started_at = None
+        deadlines = self.host.deadlines
+        began_at = None
         if not self.rest and (frames or not before or not session.is_within_record()):
             # Of the handshake, or of a record that is whole now.
-            started_at = incomplete.pop(self, None)
+            began_at = deadlines.end(self)
         if frames:
             self.decode(frames)
-            if started_at is not None and before and len(self.rest) == len(frames):
-                incomplete[self] = started_at
-        if self.ending:
+            if began_at is not None and before and len(self.rest) == len(frames):
+                deadlines.begin(self, began_at)
+        if self.ending is not None:
             return
         if session.ended:
             # What came before is answered while the socket is there.
-            self.server.turn.commit()
+            self.host.commit()
             super().take(b"")
         elif session.is_within_record():
             # A frame begins with the record that holds it.
-            incomplete.setdefault(self, time.monotonic())
+            deadlines.begin_unless_begun(self)
 
     def send(self, replies: bytes) -> None:
         """Encrypts replies and hands them to the kernel; what it does not take is in `unsent`."""
         # A session that was refused cannot encrypt any more; its peer is told why and no total.
-        if self.ending != "tls":
+        if self.ending is not Ending.TLS:
             self.transmit(self.session.encrypt(replies))
 
     def overdue(self) -> str:
@@ -94,6 +90,6 @@ class TlsConnection(Connection):
 
     def release(self) -> None:
         """Says that nothing more comes, where the peer may still read it."""
-        if (self.lingers or self.session.ended) and not self.unsent:
+        if (self.lingers() or self.session.ended) and not self.unsent:
             self.transmit(self.session.farewell())
         super().release()

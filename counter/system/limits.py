@@ -1,4 +1,4 @@
-"""What this machine lets a process have: CPUs and file descriptors.
+"""What this machine lets a process have, CPUs and file descriptors, and how it is shared out.
 
 Read from the kernel, never from options; nothing here knows what the program does with it.
 """
@@ -9,6 +9,7 @@ import math
 import os
 import re
 import resource
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Final
@@ -29,6 +30,11 @@ def whole_share(cpus: float, multiplier: int) -> int:
     # 0.07 CPUs × 100 are 7, and a little more in floating point. The kernel's periods, which
     # divide the quota, are of at most a million microseconds.
     return math.ceil(Fraction(cpus).limit_denominator(1_000_000) * multiplier)
+
+
+def split_evenly(whole: int, parts: int) -> Sequence[int]:
+    """`whole` as so many whole numbers that differ by one at most, the larger ones first."""
+    return [whole // parts + (index < whole % parts) for index in range(parts)]
 
 
 def available_cpus(cgroups: Path = _CGROUPS, own_cgroups: Path = _OWN_CGROUPS) -> float:

@@ -12,34 +12,16 @@ import mmap
 import os
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Final
 
-from counter.processes.master import ChildError, ask_child
+from counter.processes.child import ChildError, ask_child
+from counter.tls.snapshot import CertificateError, Snapshot
 
 # How long the certificate files may take to be looked at, which is done in a helping process.
 CHECK_S: Final = 10.0
 
 _LENGTH = struct.Struct("=Q")
-
-
-class CertificateError(Exception):
-    """Certificate files that cannot be used: which one, why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Certificate, private key and authorities of clients, in PEM form, and their files' names.
-
-    Without mutual TLS `ca` and `ca_file` are empty.
-    """
-
-    cert: str
-    key: str
-    ca: str
-    cert_file: str
-    key_file: str
-    ca_file: str
 
 
 class Certificates:
@@ -113,24 +95,14 @@ class SharedText:
 
 def check_here(snapshot: Snapshot) -> None:
     """CertificateError if these certificates cannot be used."""
-    from counter.tls.session import server_context
+    from counter.tls.contexts import server_context
 
     server_context(snapshot)
 
 
 def check_aside(snapshot: Snapshot) -> None:
     """The same by a helping process: the one that is still to fork must not import ssl."""
-
-    def check() -> str:
-        try:
-            check_here(snapshot)
-        except CertificateError as error:
-            return str(error)
-        return "good"
-
     try:
-        answer = ask_child(check, CHECK_S)
+        ask_child(lambda: check_here(snapshot), CHECK_S, raises=(CertificateError,))
     except ChildError as error:
         raise CertificateError(f"--tlsCert {snapshot.cert_file}: {error}") from None
-    if answer != "good":
-        raise CertificateError(answer)

@@ -1,22 +1,14 @@
-"""What adding means: the Counter interface, and the total in memory, plain or shared.
+"""What adding means: the interface of every counter and store.
 
-One rule for every counter and store: add() is one indivisible addition modulo 2^64 that gives back
-the total right before it. From that one number each frame of a batch gets its own total, so a batch
-is one addition however many frames it has, and two counters that add at once can never give the
-same total twice. No protocol, no socket and no clock here.
+One rule for all: add() is one indivisible addition modulo 2^64 that gives back the total right
+before it. From that one number each frame of a batch gets its own total, so a batch is one addition
+however many frames it has, and two counters that add at once can never give the same total twice.
+No frame, no socket and no clock here.
 """
 
 from __future__ import annotations
 
-import fcntl
-import mmap
-import os
 from abc import ABC, abstractmethod
-from typing import Any, Final
-
-from protocol import TOTAL_MASK
-
-_SEQ_CST: Final = 5  # __ATOMIC_SEQ_CST of the compilers' memory model: one order for everybody
 
 
 class Counter(ABC):
@@ -37,88 +29,3 @@ class Counter(ABC):
     @abstractmethod
     def close(self) -> None:
         """Lets go of what the counter holds; the total itself is left as it is."""
-
-
-class MemoryCounter(Counter):
-    """The total of a single process, starting from `start`; it ends with the process.
-
-    Indivisible between greenlets and loop callbacks, because nothing in add() switches; not
-    between threads.
-    """
-
-    def __init__(self, start: int = 0) -> None:
-        self._total = start
-
-    def add(self, amount: int) -> int:
-        before = self._total
-        self._total = (before + amount) & TOTAL_MASK
-        return before
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class AtomicCounter(Counter):
-    """The total in memory that every process forked afterwards shares, by one atomic instruction.
-
-    Lock-free: a process that is killed at any instant leaves neither a lock nor half a total.
-    Costs 0.3 us an addition; a lock of multiprocessing costs as much and stays taken when its
-    holder is killed. OSError where libatomic is missing: LockedCounter is the way without it.
-    """
-
-    way: Final = "one atomic addition"
-
-    def __init__(self, start: int = 0) -> None:
-        import cffi
-
-        ffi = cffi.FFI()
-        ffi.cdef("uint64_t __atomic_fetch_add_8(void *where, uint64_t amount, int order);")
-        self._library: Any = ffi.dlopen("libatomic.so.1")
-        # By name as text: Python mangles a name with two underscores inside a class.
-        self._fetch_add = getattr(self._library, "__atomic_fetch_add_8")
-        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
-        self._where = ffi.cast("void *", ffi.from_buffer(self._memory))
-        self.add(start)
-
-    def add(self, amount: int) -> int:
-        return int(self._fetch_add(self._where, amount & TOTAL_MASK, _SEQ_CST))
-
-    def close(self) -> None:
-        """The memory lives as long as a process that shares it."""
-
-
-class LockedCounter(Counter):
-    """The same as AtomicCounter by a lock of the kernel's, for machines without libatomic.
-
-    The kernel drops the lock of a process that is killed, and a total is written by one aligned
-    store of eight bytes, so that a killed process leaves the total before or after its addition.
-    Costs 2 us an addition.
-    """
-
-    way: Final = "a file lock, because libatomic is missing: slower"
-
-    def __init__(self, start: int = 0) -> None:
-        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
-        self._cell = memoryview(self._memory).cast("Q")
-        self._lock = os.memfd_create("counter-lock")
-        self._cell[0] = start
-
-    def add(self, amount: int) -> int:
-        fcntl.lockf(self._lock, fcntl.LOCK_EX)
-        try:
-            before = self._cell[0]
-            self._cell[0] = (before + amount) & TOTAL_MASK
-        finally:
-            fcntl.lockf(self._lock, fcntl.LOCK_UN)
-        return before
-
-    def close(self) -> None:
-        os.close(self._lock)
-
-
-def make_shared_counter(start: int = 0) -> AtomicCounter | LockedCounter:
-    """A counter for every process forked from this one, by the best way this machine has."""
-    try:
-        return AtomicCounter(start)
-    except (OSError, ImportError):
-        return LockedCounter(start)

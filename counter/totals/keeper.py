@@ -7,19 +7,19 @@ that neither a connection nor a lock nor a library of the store's is left in wha
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import ABC, abstractmethod
 from contextlib import closing
-from dataclasses import asdict
 from typing import Final
 
-from counter.options.parser import ServerSettings
-from counter.options.values import Seconds
-from counter.processes.master import ChildError, Stopped, ask_child
+from counter.options.server import ServerSettings
+from counter.options.values import Seconds, StoreAddress
+from counter.processes.child import ChildError, ask_child
+from counter.processes.signals import Stopped
 from counter.processes.slots import Slots
-from counter.totals.counter import Counter, MemoryCounter, make_shared_counter
-from counter.totals.store import Found, Store, StoreAway, StoreError, open_store
+from counter.totals.counter import Counter
+from counter.totals.memory import MemoryCounter, make_shared_counter
+from counter.totals.store import Found, Store, StoreAway, StoreError
 
 # So long may the last reading of the total take, at the end of the server.
 LAST_READING_S: Final = 5.0
@@ -64,21 +64,14 @@ class StoreKeeper(Keeper):
         self._address = settings.store
         self._forks = processes > 0
 
-        def check() -> str:
-            try:
-                found = open_store(settings.store).check(settings.set_total, settings.force)
-            except StoreError as error:
-                return json.dumps({"error": str(error)})
-            return json.dumps(asdict(found))
+        def check() -> Found:
+            return open_store(settings.store).check(settings.set_total, settings.force)
 
         try:
-            answer = json.loads(ask_child(check, settings.store_timeout_s))
+            self.found = ask_child(check, settings.store_timeout_s, raises=(StoreError,))
         except ChildError as error:
             timeout = f"{error}; --storeTimeout is {Seconds(settings.store_timeout_s)}"
             raise StoreError(f"cannot use {self._address}: {timeout}") from None
-        if "error" in answer:
-            raise StoreError(answer["error"])
-        self.found = Found(**answer)
 
     def open(self) -> Store:
         return open_store(self._address)
@@ -86,8 +79,9 @@ class StoreKeeper(Keeper):
     def last_total(self, slots: Slots) -> int:
         """What the store holds now; where it is away, the last total that it told this server."""
         try:
+            # Aside, so that a store that hangs is given up in time.
             if self._forks:
-                return self._read_aside()
+                return ask_child(self._read, LAST_READING_S, raises=(StoreAway,))
             return self._read()
         except (ChildError, StoreAway, Stopped) as error:
             told = slots.last_total()
@@ -102,19 +96,16 @@ class StoreKeeper(Keeper):
         with closing(self.open()) as store:
             return store.read()
 
-    def _read_aside(self) -> int:
-        """The same by a helping process, so that a store that hangs is given up in time."""
 
-        def read() -> str:
-            try:
-                return str(self._read())
-            except StoreAway as error:
-                return f"away {error}"
+def open_store(address: StoreAddress) -> Store:
+    """The store at an address other than `memory`, not yet used."""
+    if address.kind == "sqlite":
+        from counter.totals.sqlite import SqliteStore
 
-        answer = ask_child(read, LAST_READING_S)
-        if not answer.isdigit():
-            raise StoreAway(answer.removeprefix("away "))
-        return int(answer)
+        return SqliteStore(address.path)
+    from counter.totals.redis import RedisStore
+
+    return RedisStore(address.url, address.key)
 
 
 def make_keeper(settings: ServerSettings, processes: int) -> Keeper:

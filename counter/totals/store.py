@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from counter.options.values import StoreAddress
 from counter.totals.counter import Counter
 
 
@@ -90,14 +89,3 @@ class Store(Counter):
     def add(self, amount: int) -> int:
         """As Counter.add; StoreAway or InDoubt where the store fails."""
         return self.commit(lambda: amount)
-
-
-def open_store(address: StoreAddress) -> Store:
-    """The store at an address other than `memory`, not yet used."""
-    if address.kind == "sqlite":
-        from counter.totals.sqlite import SqliteStore
-
-        return SqliteStore(address.path)
-    from counter.totals.redis import RedisStore
-
-    return RedisStore(address.url, address.key)

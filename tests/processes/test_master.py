@@ -20,7 +20,6 @@ from multiprocessing.connection import Pipe
 import pytest
 
 from client import ConnectError, CounterClient, OutcomeUnknown
-from counter.processes.master import split_evenly
 from kit.faults import LONG
 from kit.harness import (
     PATIENCE_S,
@@ -32,14 +31,6 @@ from kit.harness import (
     peers,
     wait_until,
 )
-
-
-@pytest.mark.parametrize(("whole", "parts"), [(40, 2), (7, 3), (3, 3), (1000, 8), (5, 1)])
-def test_workers_are_split_evenly(whole: int, parts: int) -> None:
-    shares = split_evenly(whole, parts)
-    assert sum(shares) == whole
-    assert len(shares) == parts
-    assert max(shares) - min(shares) <= 1
 
 
 def test_the_first_line_tells_workers_and_processes() -> None:
@@ -233,9 +224,9 @@ def add_random(address: str, seed: str, stop: threading.Event, outcome: Outcome)
 
 def test_without_libatomic_the_total_is_as_exact_and_the_log_says_so() -> None:
     script = (
-        "import counter, server, sys\n"
+        "import counter.totals.memory, server, sys\n"
         "def missing(*_): raise OSError('no libatomic')\n"
-        "counter.AtomicCounter.__init__ = missing\n"
+        "counter.totals.memory.AtomicCounter.__init__ = missing\n"
         "sys.exit(server.main(['--port', '0', '--processes', '3']))\n"
     )
     with Command("-c", script) as server:
@@ -295,17 +286,26 @@ while True: time.sleep(60)
 
 MASTER = """
 import os, signal, sys, time
+from counter.processes.child import Child
 from counter.processes.master import CannotBoot, Master
 
 def serve(index, ready):
 {serve}
 
-def on_ready():
-    print("ready", flush=True)
+class Serving(Child):
+    name = "serving process"
+    def __init__(self, index): self.index = index
+    def live(self, ready): return serve(self.index, ready)
 
-master = Master(2, serve, 0.5, lambda index: None)
+class Program:
+    def on_ready(self): print("ready", flush=True)
+    def on_stop(self): pass
+    def on_reload(self): return False
+    def on_dump(self): pass
+
+master = Master([Serving(0), Serving(1)], 0.5, Program())
 try:
-    master.run(on_ready, lambda: None)
+    master.run()
 except CannotBoot as error:
     print(error)
     sys.exit(3)

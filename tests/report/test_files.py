@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.report import files as outputs
 from counter.report.files import OutputError
 from counter.results.result import Result
@@ -186,8 +186,9 @@ def test_a_report_on_standard_output_leaves_the_table_to_standard_error(
 
 def test_charts_are_not_imported_without_a_page() -> None:
     code = (
-        "import client, outputs, sys; from result import Result; from settings import *;"
-        "outputs.write(Result(), ClientSettings(json='/dev/null'), [], 1, 0);"
+        "import client, sys; from counter.options.client import ClientSettings;"
+        "from counter.report import files; from counter.results.result import Result;"
+        "files.write(Result(), ClientSettings(json='/dev/null'), [], 1, 0);"
         "sys.exit('pygal' in sys.modules or 'rich' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.options.values import Address, parse_thresholds
 from counter.proof.verify import Proof
 from counter.report.charts import even_ticks, format_count, log_ticks, nines_of

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.report.progress import ProgressBar, RecentRate, Standing, format_left, standing
 from counter.results.result import Histogram, Result
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from jsonschema import Draft202012Validator
 
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.options.values import Address, Amounts, Seconds, parse_thresholds
 from counter.proof.verify import Proof
 from counter.report.report import (

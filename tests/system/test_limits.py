@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from counter.system.limits import available_cpus, raise_descriptor_limit
+from counter.system.limits import available_cpus, raise_descriptor_limit, split_evenly
 
 AFFINITY = 8
 
@@ -225,3 +225,11 @@ def test_a_hard_limit_of_infinity_is_given_as_infinity(monkeypatch: pytest.Monke
     fake = FakeLimits(monkeypatch, 1024, resource.RLIM_INFINITY)
     assert raise_descriptor_limit() == float("inf")
     assert fake.limits == (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
+
+@pytest.mark.parametrize(("whole", "parts"), [(40, 2), (7, 3), (3, 3), (1000, 8), (5, 1)])
+def test_workers_are_split_evenly(whole: int, parts: int) -> None:
+    shares = split_evenly(whole, parts)
+    assert sum(shares) == whole
+    assert len(shares) == parts
+    assert max(shares) - min(shares) <= 1

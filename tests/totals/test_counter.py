@@ -11,9 +11,9 @@ from typing import NoReturn
 import cffi
 import pytest
 
-from counter.totals.counter import (
+from counter.totals.counter import Counter
+from counter.totals.memory import (
     AtomicCounter,
-    Counter,
     LockedCounter,
     MemoryCounter,
     make_shared_counter,

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from counter.options.parser import ServerSettings
+from counter.options.server import ServerSettings
 from counter.options.values import Seconds, parse_store
-from counter.processes.master import ChildError, ask_child
+from counter.processes.child import ChildError, ask_child
 from counter.processes.slots import TOTAL, TOTAL_AT_MS, Slots
 from counter.totals import keeper
 from counter.totals.keeper import MemoryKeeper, StoreKeeper, make_keeper
 from counter.totals.sqlite import SqliteStore
-from counter.totals.store import Found, StoreError
+from counter.totals.store import Found, InDoubt, StoreAway, StoreError
 from kit.harness import children, is_alive
 
 # Python 3.12 warns of every fork beside a thread, which another test may have left; what is forked
@@ -46,15 +46,15 @@ def die() -> str:
 # A process that answers one question.
 
 
-@pytest.mark.parametrize("answer", ["5", "ä\n" * 100_000])
-def test_a_helping_process_gives_its_answer(answer: str) -> None:
+@pytest.mark.parametrize("answer", ["", "ä\n" * 100_000, None, 2**64, Found(1, False, "much")])
+def test_a_helping_process_gives_its_answer(answer: object) -> None:
     before = children(os.getpid())
     assert ask_child(lambda: answer, 20) == answer
     assert children(os.getpid()) == before
 
 
 def test_a_helping_process_is_another_one_and_ends_with_its_answer() -> None:
-    pid = int(ask_child(lambda: str(os.getpid()), 20))
+    pid = ask_child(os.getpid, 20)
     assert pid != os.getpid()
     assert not is_alive(pid)
 
@@ -70,12 +70,22 @@ def test_what_a_helping_process_does_is_not_done_here() -> None:
     assert name not in sys.modules
 
 
-@pytest.mark.parametrize("work", [fail, die, lambda: ""])
-def test_a_helping_process_that_fails_has_no_answer(work: Callable[[], str]) -> None:
+@pytest.mark.parametrize("work", [fail, die, lambda: sys])
+def test_a_helping_process_that_fails_has_no_answer(work: Callable[[], object]) -> None:
     before = children(os.getpid())
     with pytest.raises(ChildError, match="it failed; the log says why"):
         ask_child(work, 20)
     assert children(os.getpid()) == before
+
+
+def test_what_a_helping_process_raises_is_raised_here_if_it_is_expected() -> None:
+    def refuse() -> str:
+        raise InDoubt("cut")
+
+    with pytest.raises(InDoubt, match="cut"):
+        ask_child(refuse, 20, raises=(StoreAway,))
+    with pytest.raises(ChildError, match="it failed"):
+        ask_child(refuse, 20, raises=(StoreError,))
 
 
 def test_a_helping_process_says_why_it_failed_before_it_is_ended(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from counter.processes.master import ask_child
+from counter.processes.child import ask_child
 from counter.totals import sqlite as sqlite_store
 from counter.totals.counter import Counter
 from counter.totals.sqlite import APPLICATION_ID, SCHEMA_VERSION, SqliteStore

@@ -1,0 +1,12 @@
+"""What gevent's loop is asked to watch a descriptor for: libev's masks, under their names.
+
+gevent has them too, in gevent.core; numbers of our own can be imported before a fork, where
+nothing of gevent that makes a hub may be.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+READ: Final = 1
+WRITE: Final = 2
