@@ -147,11 +147,12 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit code 2."""
+        origins = self.origins()
         for action in self._actions:
             beginnings = [f"argument {'/'.join(action.option_strings)}:"]
             if action.dest == "config":
                 beginnings.append("Unable to open config file:")
-            origin = self.origins().get(action.dest, _ARGUMENTS)
+            origin = origins.get(action.dest, _ARGUMENTS)
             if message.startswith(tuple(beginnings)) and origin != _ARGUMENTS:
                 message += f" (from {origin})"
         message = one_line(masked(message))
