@@ -17,7 +17,8 @@ from gevent.socket import wait_read
 
 from counter.load.share import Share
 from counter.results.result import Result
-from counter.tls.session import Session, TlsError, client_context
+from counter.tls.contexts import client_context
+from counter.tls.session import Session, TlsError
 from protocol import REPLY_SIZE, encode_frame
 
 LARGE_READ = 65536
