@@ -40,7 +40,9 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"client.py: {error.name} is not installed; pip install -r requirements.txt")
+    hint = "is not installed; pip install -r requirements.txt"
+    sys.stderr.write(f"client.py: {error.name} {hint}\n")
+    sys.exit(2)
 
 if TYPE_CHECKING:
     import ssl
@@ -349,4 +351,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except ModuleNotFoundError as error:
-        sys.exit(f"client.py: {error.name} is not installed; pip install -r requirements.txt")
+        hint = "is not installed; pip install -r requirements.txt"
+        sys.stderr.write(f"client.py: {error.name} {hint}\n")
+        sys.exit(2)
