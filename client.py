@@ -21,6 +21,10 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
+if __name__ == "__main__" and sys.flags.safe_path:
+    # python -P leaves out the folder of the program, whose own modules are no strangers'.
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+
 try:
     from protocol import (
         MAX_UNREAD_FRAMES,
@@ -339,8 +343,10 @@ def _explain_tls(error: OSError) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
+    from counter.system.streams import prepare_streams
     from counter.tls.snapshot import CertificateError
 
+    prepare_streams()
     try:
         return _run(arguments)
     except CertificateError as error:

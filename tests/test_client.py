@@ -155,10 +155,12 @@ def test_a_server_that_dies_in_mid_run_is_errors_and_a_report() -> None:
 def test_a_server_that_comes_back_is_connected_to_again() -> None:
     with ServerCommand() as server:
         port = server.address.rpartition(":")[2]
-        with client(server.address, "--duration", "3s", "--warmup", "0") as command:
+        with client(server.address, "--duration", "1m", "--warmup", "0") as command:
             wait_for_load(server)
             server.stop()
             with ServerCommand(port=port) as second:
+                wait_for_load(second)
+                command.signal(signal.SIGINT)
                 assert command.finish() == 4, "the new server's total is below the old one's"
                 assert "; was the server restarted?" in command.output()
                 _, requests = second.stop()

@@ -104,9 +104,6 @@ def split(
     connections = settings.connections or whole_share(cpus, settings.multiplier)
     wanted = settings.processes or max(1, int(cpus))
     processes = min(wanted, connections, settings.requests or wanted)
-    duration_s = settings.duration_s
-    if duration_s is None and settings.requests is None:
-        duration_s = 60.0
 
     def part(whole: int, index: int) -> int:
         return whole // processes + (index < whole % processes)
@@ -118,7 +115,7 @@ def split(
             part(connections, index),
             None if settings.requests is None else part(settings.requests, index),
             settings.rate / processes,
-            duration_s,
+            settings.planned_duration_s,
             processes,
         )
         for index in range(processes)

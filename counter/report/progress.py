@@ -51,9 +51,7 @@ class RecentRate:
 
 def standing(elapsed_s: float, so_far: Result, settings: ClientSettings, rate: float) -> Standing:
     """Where a run stands `elapsed_s` after its start; of two bounds the nearer one counts."""
-    duration_s = settings.duration_s
-    if duration_s is None and settings.requests is None:
-        duration_s = 60.0
+    duration_s = settings.planned_duration_s
     if elapsed_s < settings.warmup_s:
         whole_s = None if duration_s is None else settings.warmup_s + duration_s
         return Standing(0.0, format_left(whole_s, elapsed_s), "warming up")

@@ -272,9 +272,9 @@ os.write(9, b'x')
 if 1 < tries < 6: os._exit(3)
 ready()
 if tries >= 6: os.kill(os.getppid(), signal.SIGTERM)
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 if tries == 1: time.sleep(0.2); os._exit(1)
-while True: time.sleep(60)
+orders.wait()
+os._exit(0)
 """
     ran = run_master(
         serve,
@@ -289,13 +289,13 @@ import os, signal, sys, time
 from counter.processes.child import Child
 from counter.processes.master import CannotBoot, Master
 
-def serve(index, ready):
+def serve(index, orders, ready):
 {serve}
 
 class Serving(Child):
     name = "serving process"
     def __init__(self, index): self.index = index
-    def live(self, ready): return serve(self.index, ready)
+    def live(self, orders, ready): return serve(self.index, orders, ready)
 
 class Program:
     def on_ready(self): print("ready", flush=True)
@@ -350,7 +350,6 @@ def test_a_failed_fork_at_the_start_says_so_and_what_to_do() -> None:
 
 def test_a_process_that_does_not_end_is_killed_at_the_deadline() -> None:
     serve = """
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
 ready()
 if index: os.kill(os.getppid(), signal.SIGTERM)
 while True: time.sleep(60)
@@ -367,17 +366,17 @@ def test_one_that_dies_before_it_is_ready_is_tried_again_more_slowly() -> None:
 if index == 0:
     ready()
     os.write(8, b'x')
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    while True: time.sleep(60)
+    orders.wait()
+    os._exit(0)
 while not os.path.getsize('/proc/self/fd/8'): time.sleep(0.01)
 time.sleep(0.2)  # the master has seen that the other is ready
 count = os.path.getsize('/proc/self/fd/9')
 os.write(9, b'x')
 if count < 3: os._exit(1)
 ready()
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 os.kill(os.getppid(), signal.SIGTERM)
-while True: time.sleep(60)
+orders.wait()
+os._exit(0)
 """
     before = (
         "import os, logging\nlogging.basicConfig()\n"

@@ -8,7 +8,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from counter.options.client import ClientSettings
-from counter.options.values import Address, Amounts, Seconds, parse_thresholds
+from counter.options.values import Address, AmountRange, Seconds, parse_thresholds
 from counter.proof.verify import Proof
 from counter.report.report import (
     as_json,
@@ -358,7 +358,10 @@ def test_totals_that_were_not_read_are_null_in_json() -> None:
 
 def test_the_json_report_has_every_setting_as_it_is_written() -> None:
     settings = ClientSettings(
-        server_address=Address("::1", 80), amount=Amounts(1, 9), duration_s=Seconds(90), read=True
+        server_address=Address("::1", 80),
+        amount=AmountRange(1, 9),
+        duration_s=Seconds(90),
+        read=True,
     )
     written = json.loads(as_json(Result(), settings))["settings"]
     assert set(written) == set(vars(settings))
