@@ -23,6 +23,10 @@ SERVER = {"protocol"} | {
     f"counter.{room}"
     for room in ("serving", "admin", "totals", "options", "processes", "tls", "system")
 }
+COMMAND = {"protocol"} | {
+    f"counter.{room}" for room in ("load", "report", "results", "options", "tls", "system")
+}
+
 PACKAGES = sorted({str(path.parent.relative_to(ROOT)) for path in (ROOT / "counter").rglob("*.py")})
 
 # What a master must not have: the processes that it forks would share its state, or it would have
@@ -69,6 +73,14 @@ def test_the_wire_imports_nothing_of_ours() -> None:
 
 def test_the_server_imports_what_it_puts_together() -> None:
     assert rooms(body("server.py")) <= SERVER
+
+
+def test_the_library_imports_the_wire_alone_and_the_command_what_it_runs() -> None:
+    statements = body("client.py")
+    names = [getattr(statement, "name", "") for statement in statements]
+    command = names.index("main")
+    assert rooms(statements[:command]) == {"protocol"}
+    assert rooms(statements[command:]) <= COMMAND
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -4,6 +4,7 @@ and whose own modules have the other names of its source.
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import socket
@@ -125,6 +126,21 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
         assert files.read("counter_client/protocol.py") == (ROOT / "protocol.py").read_bytes()
         assert files.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         assert files.read(f"{about}/top_level.txt") == b"counter_client\n"
+
+
+def test_the_library_has_no_command_and_imports_the_wire_beside_it(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as files:
+        tree = ast.parse(files.read("counter_client/__init__.py"))
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            imported.add("." * node.level + (node.module or ""))
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    assert {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names} == {
+        ".protocol"
+    }
+    assert not [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
 
 
 def test_the_wheel_is_described_as_the_project_is(wheel: Path) -> None:
