@@ -10,6 +10,7 @@ import _socket
 import contextlib
 import errno
 import socket
+from typing import Final
 
 import gevent
 from gevent.socket import socket as cooperative_socket
@@ -21,7 +22,7 @@ from counter.tls.contexts import client_context
 from counter.tls.session import Session, TlsError
 from protocol import REPLY_SIZE, encode_frame
 
-LARGE_READ = 65536
+LARGE_READ: Final = 65536
 
 
 class Dialler:

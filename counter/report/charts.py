@@ -153,15 +153,7 @@ def _draw(
     values = [y for line in series for _, y in line.points if y]
     if not values:
         return ""
-    top = max(values)
-    if logarithmic:
-        ticks = log_ticks(min(values), top, 8)
-        low, high = math.log10(ticks[0]), math.log10(max(ticks[-1], top))
-        y_labels = [{"value": math.log10(tick), "label": y_format(tick)} for tick in ticks]
-    else:
-        low, high = 0.0, top * HEADROOM
-        ticks = [tick for tick in even_ticks(top, 5) if tick <= high]
-        y_labels = [{"value": tick, "label": y_format(tick) if tick else "0"} for tick in ticks]
+    low, high, y_labels = _y_axis(values, y_format, logarithmic)
     if x_labels is None:
         ticks = even_ticks(x_end, size.labels)
         x_labels = [(tick, f"{tick:g} s") for tick in ticks if tick <= x_end * 1.001]
@@ -200,6 +192,21 @@ def _draw(
     chart.add_xml_filter(_still)
     svg: str = chart.render(is_unicode=True)
     return svg.replace("<title>Pygal</title>", f"<title>{title}</title>")
+
+
+def _y_axis(
+    values: Sequence[float], y_format: Callable[[float], str], logarithmic: bool
+) -> tuple[float, float, list[dict[str, Any]]]:
+    """Its lower and upper end and its labels, as pygal takes them; logarithms if it is one."""
+    top = max(values)
+    if logarithmic:
+        ticks = log_ticks(min(values), top, 8)
+        labels = [{"value": math.log10(tick), "label": y_format(tick)} for tick in ticks]
+        return math.log10(ticks[0]), math.log10(max(ticks[-1], top)), labels
+    high = top * HEADROOM
+    ticks = [tick for tick in even_ticks(top, 5) if tick <= high]
+    labels = [{"value": tick, "label": y_format(tick) if tick else "0"} for tick in ticks]
+    return 0.0, high, labels
 
 
 def _still(root: Any) -> Any:
