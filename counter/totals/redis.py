@@ -19,6 +19,7 @@ It waits as the caller's socket module does: in a greenlet where that is gevent'
 from __future__ import annotations
 
 import os
+import re
 import socket
 import struct
 import time
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import quote
 
 import redis
 from redis.backoff import NoBackoff
@@ -35,7 +37,14 @@ from redis.retry import Retry
 
 from counter.options.values import masked
 from counter.totals.redis_script import NOT_ADDED, NOT_MINE, SCRIPT, SCRIPT_HASH, UNDONE
-from counter.totals.store import Found, InDoubt, Store, StoreAway, StoreError
+from counter.totals.store import (
+    Found,
+    InDoubt,
+    Store,
+    StoreAway,
+    StoreError,
+    counts_already,
+)
 from protocol import TOTAL_MASK
 
 MARK: Final = b"counter1"
@@ -112,10 +121,7 @@ class RedisStore(Store):
             before = self._read_value()
             is_new = before is None
             if set_total is not None and before is not None and not force:
-                raise StoreError(
-                    f"the total is {before[0]:,} and --setTotal would make it {set_total:,}; "
-                    "leave --setTotal out to go on from there, or add --force to overwrite it"
-                )
+                raise StoreError(counts_already(before[0], set_total))
             if before is None or set_total is not None:
                 self._write_value(set_total or 0, before)
             total = self.read()
@@ -259,12 +265,23 @@ class RedisStore(Store):
             return None
         value = self._ask("GET", self._key) if kind == "string" else b""
         if len(value) != _VALUE.size or not value.startswith(MARK):
-            raise StoreError(
-                f"the key holds a {kind} that is no total of this program; "
-                "name another key in the URL, as in ?key=counter"
-            )
+            raise StoreError(self._alien(kind, value))
         _, total, commits = _VALUE.unpack(value)
         return total, commits
+
+    def _alien(self, kind: str, value: bytes) -> str:
+        """What is said of a key that holds something else: a plain number can be gone on from."""
+        if re.fullmatch(rb"0|[1-9][0-9]{0,19}", value) and int(value) <= TOTAL_MASK:
+            number = value.decode()
+            return (
+                f"the key holds the plain number {number}, as INCR keeps it; to go on from it, "
+                f"name another key, as in ?key={quote(self._key)}-total, and start once with "
+                f"--setTotal {number}"
+            )
+        return (
+            f"the key holds a {kind} that is no total of this program; "
+            "name another key in the URL, as in ?key=counter"
+        )
 
     def _write_value(self, total: int, before: tuple[int, int] | None) -> None:
         """Sets the total of a key that holds none or, forced, the one that was read."""
@@ -376,6 +393,8 @@ def _code(error: Exception) -> str:
 def _said(error: Exception) -> str:
     """The error in one line; Redis' own explanations can be pages long."""
     text = str(error).removeprefix(f"{NOT_ADDED} ") or type(error).__name__
+    if isinstance(error, StoreError):
+        return masked(text)
     if isinstance(error, AskError):  # redis-py leaves only a slot and an address of it
         text = f"{_code(error)} {text}: the key is at another node of the cluster"
     return masked(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…")

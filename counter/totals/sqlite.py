@@ -23,7 +23,14 @@ from contextlib import closing, contextmanager, suppress
 from typing import Final
 from urllib.parse import quote
 
-from counter.totals.store import Found, InDoubt, Store, StoreAway, StoreError
+from counter.totals.store import (
+    Found,
+    InDoubt,
+    Store,
+    StoreAway,
+    StoreError,
+    counts_already,
+)
 from protocol import TOTAL_MASK
 
 # Marks the file as this project's, in the field SQLite keeps for that; any fixed number would do.
@@ -140,10 +147,7 @@ class SqliteStore(Store):
         db = self._open()
         before = _total(db)
         if not force:
-            raise StoreError(
-                f"cannot set the total of {self._path} to {total:,}: it holds {before:,}; "
-                "leave --setTotal out to go on from there, or add --force to overwrite it"
-            )
+            raise StoreError(f"cannot use {self._path}: {counts_already(before, total)}")
         db.execute("UPDATE counter SET total = ? WHERE id = 1", (str(total),))
 
     def commit(self, amount: Callable[[], int]) -> int:

@@ -101,3 +101,11 @@ def open_store(address: StoreAddress) -> Store:
     from counter.totals.redis import RedisStore
 
     return RedisStore(address.url, address.key)
+
+
+def counts_already(total: int, set_total: int) -> str:
+    """What a store says that holds a total and is told to begin with another."""
+    return (
+        f"the total is {total:,} and --setTotal would make it {set_total:,}; "
+        "leave --setTotal out to go on from there, or add --force to overwrite it"
+    )

@@ -117,12 +117,11 @@ def test_a_key_that_counted_goes_on(redis: RedisServer, key: str) -> None:
 
 def test_a_total_is_not_set_over_another(redis: RedisServer, key: str) -> None:
     check(redis, key, 1234567)
-    text = refused(redis.url(key), set_total=5000)
-    assert text.startswith(f"cannot use redis://{redis.address}/0 key {key!r}: ")
-    assert "1,234,567" in text
-    assert "5,000" in text
-    assert "--force" in text
-    assert "leave --setTotal out" in text
+    assert refused(redis.url(key), set_total=5000) == (
+        f"cannot use redis://{redis.address}/0 key {key!r}: "
+        "the total is 1,234,567 and --setTotal would make it 5,000; "
+        "leave --setTotal out to go on from there, or add --force to overwrite it"
+    )
     assert check(redis, key).total == 1234567
 
 
@@ -245,8 +244,11 @@ def test_a_key_that_expires_is_warned_of(redis: RedisServer, key: str) -> None:
     [
         (["RPUSH", "{}", "1"], "list"),
         (["HSET", "{}", "total", "1"], "hash"),
-        (["SET", "{}", "42"], "string"),
         (["SET", "{}", ""], "string"),
+        (["SET", "{}", "-42"], "string"),
+        (["SET", "{}", "042"], "string"),
+        (["SET", "{}", "4.2"], "string"),
+        (["SET", "{}", str(TOP)], "string"),
         (["SET", "{}", MARK + bytes(15)], "string"),
         (["SET", "{}", b"counter2" + bytes(16)], "string"),
     ],
@@ -261,6 +263,22 @@ def test_a_key_that_holds_something_else_is_left_as_it_is(
     assert f"holds a {kind} that is no total of this program" in text
     assert "?key=" in text
     assert redis.ask("DUMP", key) == before
+
+
+@pytest.mark.parametrize("number", [0, 42, 2**63 - 1, TOP - 1])
+def test_how_to_go_on_from_a_plain_number_is_said(
+    redis: RedisServer, key: str, number: int
+) -> None:
+    """What INCR kept until this program is to take over."""
+    redis.ask("SET", key, number)
+    text = refused(redis.url(key), 5, force=True)
+    said = f"--setTotal {number}"
+    assert f"holds the plain number {number}, as INCR keeps it" in text
+    assert text.endswith(f"name another key, as in ?key={key}-total, and start once with {said}")
+    assert redis.ask("GET", key) == str(number).encode()
+    with opened(redis, f"{key}-total") as store:
+        assert store.check(number).total == number
+        assert store.add(1) == number
 
 
 def test_where_nobody_listens_the_address_is_said_without_the_password() -> None:
