@@ -1,14 +1,16 @@
 """The total in Redis or Valkey: shared by any number of servers, as durable as that Redis is set.
 
-The key holds 24 bytes: a mark, the total and the number of commits so far, big-endian. Redis adds
-to 64-bit fields of a string exactly and wraps (BITFIELD); INCRBY is signed and a number in a script
-is a double, so a total passes through the script as the bytes of a string. The number of commits
-only grows: where it is lower than this process has seen, Redis lost what it had answered.
+The key holds 24 bytes: a mark, the total and the number of commits so far, big-endian. The number
+of commits only grows: where it is lower than this process has seen, Redis lost what it had
+answered. A commit is a script (redis_script.py) that Redis applies once, however often it is asked
+for: one whose reply was lost is asked for again, on a new connection. All keys share one hash slot.
 
-Each commit carries this writer's identity and a number. The script applies a number above the
-writer's last and remembers the answer for a day; otherwise it gives the answer again. So a commit
-whose reply was lost is asked for again, on a new connection, and is applied once. All keys share
-one hash slot.
+An error reply means that nothing was added only where Redis gives it before a command runs, or the
+script says so itself; any other leaves doubt, as one of a proxy between may. Each ends the
+connection, since a new one may lead to the primary that has taken over.
+
+A writer's identity is its own: a process forked from it takes a new one, and so does a writer that
+finds its record written by another, such as a copy of its machine.
 
 redis-py's connection is used without its pool and its retries, which would send an addition twice.
 It waits as the caller's socket module does: in a greenlet where that is gevent's.
@@ -16,21 +18,33 @@ It waits as the caller's socket module does: in a greenlet where that is gevent'
 
 from __future__ import annotations
 
-import hashlib
+import os
+import re
+import socket
 import struct
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from time import monotonic
+from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import quote
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import AskError, InvalidResponse, NoScriptError, RedisError, ResponseError
 from redis.retry import Retry
 
 from counter.options.values import masked
-from counter.totals.store import Found, InDoubt, Store, StoreAway, StoreError
+from counter.totals.redis_script import NOT_ADDED, NOT_MINE, SCRIPT, SCRIPT_HASH, UNDONE
+from counter.totals.store import (
+    Found,
+    InDoubt,
+    Store,
+    StoreAway,
+    StoreError,
+    counts_already,
+)
 from protocol import TOTAL_MASK
 
 MARK: Final = b"counter1"
@@ -47,28 +61,23 @@ LONGEST_TEXT: Final = 200
 
 MINIMUM_VERSION: Final = (6, 2)
 
-# KEYS: total, record of the writer. ARGV: number, amount as a signed integer, life of the record.
-# Gives back the value before the commit. Every read is before the first write: a script that fails
-# has changed nothing.
-_SCRIPT: Final = b"""
-local value = redis.call('GET', KEYS[1])
-local number, answer = unpack(redis.call('HMGET', KEYS[2], 'number', 'answer'))
-if number and tonumber(number) >= tonumber(ARGV[1]) then
-  return answer
-end
-if not value then
-  value = 'counter1' .. string.rep('\\0', 16)
-  redis.call('SET', KEYS[1], value)
-elseif #value ~= 24 or string.sub(value, 1, 8) ~= 'counter1' then
-  return redis.error_reply('ERR the key holds no total of this program')
-end
-redis.call('BITFIELD', KEYS[1], 'OVERFLOW', 'WRAP',
-           'INCRBY', 'i64', 64, ARGV[2], 'INCRBY', 'i64', 128, 1)
-redis.call('HSET', KEYS[2], 'number', ARGV[1], 'answer', value)
-redis.call('EXPIRE', KEYS[2], ARGV[3])
-return value
-"""
-_SCRIPT_HASH: Final = hashlib.sha1(_SCRIPT, usedforsecurity=False).hexdigest()
+
+class _NotAdded(Exception):
+    """Redis says that it did not apply a commit this time; the text says why."""
+
+
+class _NotMine(_NotAdded):
+    """Another writer has this one's identity, which is therefore given up."""
+
+
+@dataclass(frozen=True)
+class _Commit:
+    """One commit, the same however often it is asked for."""
+
+    number: int
+    token: str
+    amount: int
+    since: float  # a monotonic time
 
 
 class RedisStore(Store):
@@ -79,20 +88,29 @@ class RedisStore(Store):
     def __init__(self, url: str, key: str) -> None:
         self._url = url
         self._key = key
-        self._writer = uuid.uuid4().hex
-        self._number = 0
         self._seen = 0  # the highest number of commits that any answer told
-        self._doubted: tuple[int, float] | None = None  # amount of the commit in doubt, since when
+        self._begin()
+
+    def _begin(self) -> None:
+        """Becomes a writer of its own, of this process, with a connection of its own."""
+        self._process = os.getpid()
+        self._doubted: _Commit | None = None
+        self._take_identity()
         pool = redis.ConnectionPool.from_url(
-            url,
+            self._url,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
             socket_timeout=REPLY_TIMEOUT_S,
             socket_connect_timeout=REPLY_TIMEOUT_S,
             socket_keepalive=True,
             driver_info=None,
+            redis_connect_func=_greet,
         )
         self._connection: Any = pool.connection_class(**pool.connection_kwargs)
+
+    def _take_identity(self) -> None:
+        self._writer = uuid.uuid4().hex
+        self._number = 0
 
     def check(self, set_total: int | None = None, force: bool = False) -> Found:
         where = f"{masked(self._url)} key {self._key!r}"
@@ -103,10 +121,7 @@ class RedisStore(Store):
             before = self._read_value()
             is_new = before is None
             if set_total is not None and before is not None and not force:
-                raise StoreError(
-                    f"the total is {before[0]:,} and --setTotal would make it {set_total:,}; "
-                    "leave --setTotal out to go on from there, or add --force to overwrite it"
-                )
+                raise StoreError(counts_already(before[0], set_total))
             if before is None or set_total is not None:
                 self._write_value(set_total or 0, before)
             total = self.read()
@@ -115,36 +130,41 @@ class RedisStore(Store):
             raise StoreError(f"cannot use {where}: {_said(error)}") from None
 
     def commit(self, amount: Callable[[], int]) -> int:
+        self._be_of_this_process()
         assert self._doubted is None
         self._connect()
-        add = amount() & TOTAL_MASK
         self._number += 1
-        self._doubted = add, monotonic()
+        add = amount() & TOTAL_MASK
+        self._doubted = commit = _Commit(self._number, _make_token(), add, time.monotonic())
         try:
-            return self._apply(add)
-        except ResponseError as error:
-            self._doubted = None  # Redis says that it did not do it
-            raise StoreAway(_said(error)) from None
+            return self._apply(commit)
+        except _NotAdded as error:
+            self._doubted = None
+            raise StoreAway(str(error)) from None
 
     def settle(self) -> int | None:
-        assert self._doubted is not None
-        add, since = self._doubted
-        if monotonic() - since > SETTLE_WITHIN_S:
+        self._be_of_this_process()
+        commit = self._doubted
+        if commit is None:  # it was forked in doubt; the commit is the other process's
+            return None
+        if time.monotonic() - commit.since > SETTLE_WITHIN_S:
             self._doubted = None
             return None
         self._connect()
         try:
-            return self._apply(add)
-        except ResponseError as error:
-            raise InDoubt(_said(error)) from None
+            return self._apply(commit)
+        except _NotMine:
+            self._doubted = None  # its record was overwritten, or is never written
+            return None
+        except _NotAdded as error:
+            raise InDoubt(str(error)) from None
 
     def read(self) -> int:
+        self._be_of_this_process()
         self._connect()
         try:
             value = self._read_value()
-        except (ResponseError, StoreError) as error:
-            raise StoreAway(_said(error)) from None
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, StoreError) as error:
             self._connection.disconnect()
             raise StoreAway(_said(error)) from None
         if value is None:
@@ -165,38 +185,51 @@ class RedisStore(Store):
         with suppress(RedisError, OSError):
             self._connection.disconnect()
 
+    def _be_of_this_process(self) -> None:
+        """Two processes that share an identity or a connection would take each other's answers."""
+        if self._process != os.getpid():
+            self._connection.disconnect()  # this process's copy of it
+            self._begin()
+
     def _connect(self) -> None:
         try:
             self._connection.connect()
         except (RedisError, OSError) as error:
             raise StoreAway(_said(error)) from None
 
-    def _apply(self, add: int) -> int:
-        """Has the script apply the present commit; ResponseError says that it did not.
+    def _apply(self, commit: _Commit) -> int:
+        """Has the script apply a commit; gives back the total before.
 
-        InDoubt where the connection broke: the reply may have been on its way.
+        _NotAdded where Redis says that it did not, InDoubt where it may have.
         """
         record = f"{self._tagged()}:writer:{self._writer}"
         try:
-            value = self._run(self._key, record, self._number, add)
-        except ResponseError:
-            raise
+            value = self._run(self._key, record, commit.number, commit.token, commit.amount)
         except (RedisError, OSError) as error:
-            raise InDoubt(_said(error)) from None
+            self._connection.disconnect()
+            code, said = _code(error), _said(error)
+            if code == NOT_MINE:
+                self._take_identity()
+                raise _NotMine(
+                    "another writer has the same identity, as a copied machine has; "
+                    "a new one is taken"
+                ) from None
+            raise (_NotAdded if code in UNDONE else InDoubt)(said) from None
         self._doubted = None
         _, before, commits = _VALUE.unpack(value)
         self._note(commits + 1, commits)
         return int(before)
 
-    def _run(self, key: str, record: str, number: int, amount: int) -> bytes:
-        """The value before the commit. A reply that did not come ends the connection, so that it is
-        never taken for the answer to another question."""
-        signed = amount - (1 << 64) if amount >> 63 else amount
-        arguments = (2, key, record, number, signed, RECORD_LIFE_S)
+    def _run(self, key: str, record: str, number: int, token: str, amount: int) -> bytes:
+        """The value before the commit."""
+        arguments = (2, key, record, number, token, amount >> 32, amount & 0xFFFFFFFF)
         try:
-            return bytes(self._ask("EVALSHA", _SCRIPT_HASH, *arguments))
+            value = self._ask("EVALSHA", SCRIPT_HASH, *arguments, RECORD_LIFE_S)
         except NoScriptError:
-            return bytes(self._ask("EVAL", _SCRIPT, *arguments))
+            value = self._ask("EVAL", SCRIPT, *arguments, RECORD_LIFE_S)
+        if not isinstance(value, bytes) or len(value) != _VALUE.size:
+            raise InvalidResponse(f"it answers {value!r}, which is no total")
+        return value
 
     def _ask(self, *command: Any) -> Any:
         """One command and its reply. The connection is closed by any failure but an error reply."""
@@ -209,6 +242,8 @@ class RedisStore(Store):
         except ResponseError:
             answered = True
             raise
+        except ValueError as error:  # redis-py's, of a redirection that it cannot read
+            raise InvalidResponse(f"it answers what is no Redis reply ({error})") from None
         finally:
             if not answered:
                 self._connection.disconnect()
@@ -230,12 +265,23 @@ class RedisStore(Store):
             return None
         value = self._ask("GET", self._key) if kind == "string" else b""
         if len(value) != _VALUE.size or not value.startswith(MARK):
-            raise StoreError(
-                f"the key holds a {kind} that is no total of this program; "
-                "name another key in the URL, as in ?key=counter"
-            )
+            raise StoreError(self._alien(kind, value))
         _, total, commits = _VALUE.unpack(value)
         return total, commits
+
+    def _alien(self, kind: str, value: bytes) -> str:
+        """What is said of a key that holds something else: a plain number can be gone on from."""
+        if re.fullmatch(rb"0|[1-9][0-9]{0,19}", value) and int(value) <= TOTAL_MASK:
+            number = value.decode()
+            return (
+                f"the key holds the plain number {number}, as INCR keeps it; to go on from it, "
+                f"name another key, as in ?key={quote(self._key)}-total, and start once with "
+                f"--setTotal {number}"
+            )
+        return (
+            f"the key holds a {kind} that is no total of this program; "
+            "name another key in the URL, as in ?key=counter"
+        )
 
     def _write_value(self, total: int, before: tuple[int, int] | None) -> None:
         """Sets the total of a key that holds none or, forced, the one that was read."""
@@ -262,10 +308,12 @@ class RedisStore(Store):
             for number, before in enumerate((2**53, 2**63 - 1, TOTAL_MASK), 1):
                 value = _VALUE.pack(MARK, before, 7)
                 self._ask("SET", key, value, "EX", 60)
-                answers = [self._run(key, record, number, amount) for amount in (1, 1)]
+                answers = [self._run(key, record, number, "test", 1) for _ in range(2)]
                 _, total, commits = _VALUE.unpack(self._ask("GET", key))
                 if answers != [value] * 2 or (total, commits) != ((before + 1) & TOTAL_MASK, 8):
                     raise StoreError(f"it does not add 1 to {before} exactly")
+            if self._ask("TTL", record) < 0:
+                raise StoreError("the records of writers would stay for ever: EXPIRE is refused")
         finally:
             with suppress(RedisError, OSError):
                 self._ask("DEL", key, record)
@@ -315,7 +363,38 @@ def _fields(text: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs if value}
 
 
+def _make_token() -> str:
+    """Like no other commit's, not of a copied machine either, whose random numbers may repeat."""
+    return f"{time.time_ns():x}-{os.urandom(8).hex()}"
+
+
+def _greet(connection: Any) -> None:
+    """What is done on every new connection, before anything is asked."""
+    sock = connection._sock
+    # To a local port where nobody listens, TCP may connect a socket to itself.
+    if sock.getsockname() == sock.getpeername():
+        # Reset, so that the port is free for Redis at once.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+        raise redis.ConnectionError(
+            f"{connection.host}:{connection.port} connected to itself: nobody listens there"
+        )
+    connection.on_connect()
+
+
+def _code(error: Exception) -> str:
+    """The first word of an error reply; nothing for an error that is none."""
+    code: str | None = getattr(error, "status_code", None)
+    if not code and isinstance(error, ResponseError):
+        code = str(error).partition(" ")[0]
+    return code or ""
+
+
 def _said(error: Exception) -> str:
     """The error in one line; Redis' own explanations can be pages long."""
-    text = str(error) or type(error).__name__
+    text = str(error).removeprefix(f"{NOT_ADDED} ") or type(error).__name__
+    if isinstance(error, StoreError):
+        return masked(text)
+    if isinstance(error, AskError):  # redis-py leaves only a slot and an address of it
+        text = f"{_code(error)} {text}: the key is at another node of the cluster"
     return masked(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…")

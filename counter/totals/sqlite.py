@@ -1,14 +1,18 @@
 """The total in a SQLite file: durable, shared by the processes and servers of one machine.
 
 An addition is one transaction in WAL mode with synchronous=FULL: it is on the disk before it is
-answered. The total is kept as decimal text, because SQLite's integers are signed and what exceeds
-them becomes a float in silence; a person reads it with
+answered. Both are set and looked at whenever the file is opened, since a copy may have lost them.
+The total is kept as decimal text, because SQLite's integers are signed and what exceeds them
+becomes a float in silence; a person reads it with
 
     sqlite3 counter.db 'SELECT total FROM counter'
 
 Writers queue on a lock file beside the database, which the kernel hands on at once and takes from
 a process that dies; SQLite's own waiting sleeps and tries again. The lock only keeps the queue:
 exactness rests on one statement that replaces the total if it still is what it was.
+
+Links are resolved before anything is looked for or made, so that two names of one file have one
+queue. Whether a file may be used at all is in sqlite_file.py.
 """
 
 from __future__ import annotations
@@ -21,17 +25,33 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Final
-from urllib.parse import quote
 
-from counter.totals.store import Found, InDoubt, Store, StoreAway, StoreError
+from counter.totals.sqlite_file import (
+    APPLICATION_ID,
+    EMPTY,
+    SCHEMA_VERSION,
+    connect,
+    shape_of,
+    wrong_content,
+    wrong_place,
+    wrong_shape,
+)
+from counter.totals.store import (
+    Found,
+    InDoubt,
+    Store,
+    StoreAway,
+    StoreError,
+    counts_already,
+)
 from protocol import TOTAL_MASK
-
-# Marks the file as this project's, in the field SQLite keeps for that; any fixed number would do.
-APPLICATION_ID: Final = 0x436E7472  # "Cntr"
-SCHEMA_VERSION: Final = 1
 
 # How long another program, such as a backup, may hold SQLite's own lock before it is an outage.
 BUSY_S: Final = 1.0
+
+# SQLite begins its WAL anew at 4 MB; a reader that stays makes it longer, and a commit after it has
+# gone cuts it to this, which leaves alone what is usual.
+WAL_LIMIT_BYTES: Final = 6 << 20
 
 # How often the file at the path is compared with the one that is open.
 LOOK_S: Final = 1.0
@@ -46,6 +66,8 @@ _BEFORE_WRITING: Final = {
     sqlite3.SQLITE_IOERR_SHMMAP,
 }
 
+FULL: Final = 2  # SQLite's number for synchronous=FULL
+
 _SELECT: Final = "SELECT total FROM counter WHERE id = 1"
 _REPLACE: Final = "UPDATE counter SET total = ? WHERE id = 1 AND total = ?"
 
@@ -57,6 +79,7 @@ class SqliteStore(Store):
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._file = path  # what it leads to, when it was last looked for
         self._db: sqlite3.Connection | None = None
         self._lock = -1
         self._identity = (0, 0)
@@ -72,61 +95,36 @@ class SqliteStore(Store):
                     self._overwrite(set_total, force)
                 total = self.probe()
         except (sqlite3.Error, OSError, StoreAway) as error:
-            raise StoreError(f"cannot use {self._path}: {_said(error)}{_remedy(error)}") from None
+            raise StoreError(self._refusal(f"{_said(error)}{_remedy(error)}")) from None
         return Found(total, is_new, "power loss: each is on the disk before it is answered")
 
     @contextmanager
     def _creating(self) -> Iterator[None]:
         """Alone with the file, whether or not it exists; refuses one that is not a total's."""
-        if self._path and not os.path.isdir(os.path.dirname(self._path) or "."):
-            raise StoreError(f"cannot use {self._path}: there is no such folder")
-        if os.path.isdir(self._path):
-            raise StoreError(f"cannot use {self._path}: it is a folder; name a file in it")
-        if os.path.exists(self._path) and not os.path.isfile(self._path):
-            raise StoreError(f"cannot use {self._path}: it is not a regular file; name another")
-        if os.path.exists(self._path) and os.path.getsize(self._path):
-            self._check_shape()
-        self._lock = _open_lock(self._path)
+        self._file = os.path.realpath(self._path)
+        wrong = wrong_place(self._path, self._file) or wrong_content(self._file)
+        if wrong:
+            raise StoreError(self._refusal(wrong))
+        self._keep_queue()
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         try:
             yield
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
 
-    def _check_shape(self) -> None:
-        """StoreError for a file of another kind; nothing is written to it or beside it."""
-        # Reading another program's file in WAL mode would leave two new ones beside it, unless it
-        # is read as it is; what is still in a WAL would be overlooked by that.
-        in_use = os.path.exists(self._path + "-wal")
-        try:
-            with closing(_connect(self._path, "ro" if in_use else "ro&immutable=1")) as db:
-                ((application,),) = db.execute("PRAGMA application_id")
-                ((version,),) = db.execute("PRAGMA user_version")
-                ((objects,),) = db.execute("SELECT count(*) FROM sqlite_master")
-        except sqlite3.DatabaseError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_NOTADB:
-                raise
-            raise StoreError(
-                f"cannot use {self._path}: it is not a SQLite database; name another file"
-            ) from None
-        if application == APPLICATION_ID and version > SCHEMA_VERSION:
-            raise StoreError(
-                f"cannot use {self._path}: a newer release wrote it (schema {version}, "
-                f"this one reads {SCHEMA_VERSION})"
-            )
-        if application != APPLICATION_ID and (application or version or objects):
-            raise StoreError(
-                f"cannot use {self._path}: it is another program's database; name another file"
-            )
+    def _refusal(self, why: str) -> str:
+        leads = f", which leads to {self._file}" if os.path.islink(self._path) else ""
+        return f"cannot use {self._path}{leads}: {why}"
 
     def _make(self, start: int) -> bool:
         """Makes the table unless it is there; true if it made it."""
-        with closing(_connect(self._path, "rwc")) as db:
-            ((application,),) = db.execute("PRAGMA application_id")
-            if application == APPLICATION_ID:
-                return False
-            db.execute("PRAGMA journal_mode = WAL")
+        with closing(connect(self._file, "rwc", BUSY_S)) as db:
             db.execute("BEGIN IMMEDIATE")
+            shape = shape_of(db)  # again, as another program may have begun with it meanwhile
+            if wrong := wrong_shape(shape):
+                raise StoreError(self._refusal(wrong))
+            if shape != EMPTY:
+                return False
             db.execute(
                 "CREATE TABLE counter (id INTEGER PRIMARY KEY CHECK (id = 1), total TEXT NOT NULL)"
             )
@@ -140,10 +138,7 @@ class SqliteStore(Store):
         db = self._open()
         before = _total(db)
         if not force:
-            raise StoreError(
-                f"cannot set the total of {self._path} to {total:,}: it holds {before:,}; "
-                "leave --setTotal out to go on from there, or add --force to overwrite it"
-            )
+            raise StoreError(self._refusal(counts_already(before, total)))
         db.execute("UPDATE counter SET total = ? WHERE id = 1", (str(total),))
 
     def commit(self, amount: Callable[[], int]) -> int:
@@ -237,11 +232,10 @@ class SqliteStore(Store):
         try:
             found = os.stat(self._path)
             if self._db is None:
-                if self._lock < 0:
-                    self._lock = _open_lock(self._path)
-                self._db = _connect(self._path, "rw")
+                self._file = os.path.realpath(self._path)
+                self._db, self._last = _open_total(self._file)
                 self._identity = found.st_dev, found.st_ino
-                self._last = _total(self._db)
+            self._keep_queue()
         except (sqlite3.Error, OSError) as error:
             raise StoreAway(_said(error)) from None
         if self._identity != (found.st_dev, found.st_ino):
@@ -249,26 +243,48 @@ class SqliteStore(Store):
         self._look_at = now + LOOK_S
         return self._db
 
+    def _keep_queue(self) -> None:
+        """Opens the lock file, anew where it was removed: the other writers queue at the new one.
 
-def _connect(path: str, mode: str) -> sqlite3.Connection:
-    """An open database; the caller of a store is one thread at a time, not always the same."""
-    db = sqlite3.connect(
-        f"file:{quote(os.fsencode(path))}?mode={mode}",
-        uri=True,
-        timeout=BUSY_S,
-        isolation_level=None,
-        check_same_thread=False,
-    )
+        An addition in doubt keeps the turn that it has.
+        """
+        if self._doubted is not None:
+            return
+        name = self._file + "-queue"
+        if self._lock >= 0:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._lock), os.stat(name)):
+                    return
+        before, self._lock = self._lock, os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if before >= 0:
+            os.close(before)
+
+
+def _open_total(path: str) -> tuple[sqlite3.Connection, int]:
+    """A database that keeps what is answered, and the total in it; StoreAway."""
+    db = connect(path, "rw", BUSY_S)
     try:
-        db.execute("PRAGMA synchronous = FULL")
-    except sqlite3.Error:
+        _make_durable(db)
+        return db, _total(db)
+    except BaseException:
         db.close()
         raise
-    return db
 
 
-def _open_lock(path: str) -> int:
-    return os.open(path + "-queue", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+def _make_durable(db: sqlite3.Connection) -> None:
+    """Sets what the promise rests on; StoreAway if it is not so then."""
+    try:
+        ((mode,),) = db.execute("PRAGMA journal_mode = WAL")
+    except sqlite3.Error as error:
+        raise StoreAway(f"it cannot be put into WAL mode: {error}") from None
+    db.execute("PRAGMA synchronous = FULL")
+    ((synchronous,),) = db.execute("PRAGMA synchronous")
+    if (mode, synchronous) != ("wal", FULL):
+        raise StoreAway(
+            f"SQLite keeps it in journal mode {mode} with synchronous {synchronous}, where WAL and "
+            f"{FULL} (FULL) are needed; on the file system of a network that cannot be"
+        )
+    db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
 
 
 def _total(db: sqlite3.Connection) -> int:

@@ -89,3 +89,11 @@ class Store(Counter):
     def add(self, amount: int) -> int:
         """As Counter.add; StoreAway or InDoubt where the store fails."""
         return self.commit(lambda: amount)
+
+
+def counts_already(total: int, set_total: int) -> str:
+    """What a store says that holds a total and is told to begin with another."""
+    return (
+        f"the total is {total:,} and --setTotal would make it {set_total:,}; "
+        "leave --setTotal out to go on from there, or add --force to overwrite it"
+    )

@@ -16,6 +16,7 @@ _LARGEST = 1 << 16
 _COMMIT = b":writer:"  # in the name of a key, of no command but a commit
 _PROBE = b"$1\r\n0\r\n"  # adds 0, which is not asked for again
 _APPLIED = b"$24\r\n"  # how the reply to a commit begins that is applied
+_BEHIND = b"-NOTMINE "  # to one that arrives when its writer is further on
 
 
 class FaultProxy(ScriptedServer):
@@ -98,7 +99,7 @@ class FaultProxy(ScriptedServer):
             is_due = self._held.pop(command) >= behind
         if is_due:
             far.sendall(command)
-            if far.recv(_LARGEST).startswith(_APPLIED):
+            if far.recv(_LARGEST).startswith((_APPLIED, _BEHIND)):
                 with self._changed:
                     self.duplicates += 1
 

@@ -184,6 +184,29 @@ def test_a_commit_that_arrives_after_it_was_asked_for_again_is_counted_once(
     load.show(f"{proxy.duplicates} commits delivered late for the second time", total)
 
 
+def test_a_permission_that_is_withdrawn_for_a_while_loses_and_repeats_nothing(
+    redis: RedisServer,
+) -> None:
+    rounds = 20 if LONG else 2
+    redis.ask("ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all")
+    with serve(redis.url(user="app", password="secret"), "--storeTimeout", "30s") as server:
+        with Load(20, server.address) as load:
+            for _ in range(rounds):
+                load.go_on()
+                redis.ask("ACL", "SETUSER", "app", "-expire")
+                load.go_on()
+                redis.ask("ACL", "SETUSER", "app", "+expire", "-mset")
+                server.error_line_with("is away (")
+                redis.ask("ACL", "SETUSER", "app", "+mset")
+                expect_back(server)
+            load.go_on()
+        total, _ = server.stop()
+    load.check(total)
+    assert not load.waits
+    assert total == load.answered
+    load.show(f"a permission withdrawn {rounds} times", total)
+
+
 def test_three_servers_on_one_redis_share_one_total(redis: RedisServer) -> None:
     start = partial(serve, redis.url())
     with serve_together(start, start, start) as servers:

@@ -5,6 +5,7 @@ Each test has a long form with more of the same, which `make chaos` runs.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -143,10 +144,14 @@ def test_a_server_stops_in_order_while_its_disk_is_full(disk: SmallDisk) -> None
     assert total == load.answered == kept_total(disk.database)
 
 
-def test_two_servers_on_one_file_share_one_total(tmp_path: Path) -> None:
-    store = f"sqlite:{tmp_path / 'counter.db'}"
-    start = partial(serve, store)
-    with serve_together(start, start) as servers:
+@pytest.mark.parametrize("by_link", [False, True])
+def test_two_servers_on_one_file_share_one_total(tmp_path: Path, by_link: bool) -> None:
+    file = tmp_path / "counter.db"
+    link = tmp_path / "links" / "counter.db"
+    link.parent.mkdir()
+    link.symlink_to(file)
+    starts = [partial(serve, f"sqlite:{path}") for path in (file, link if by_link else file)]
+    with serve_together(*starts) as servers:
         addresses = [server.address for server in servers]
         with Load(200 if LONG else 40, *addresses, ones=True) as load:
             wait_until(lambda: all(books.totals for books in load.books), "each has its answer")
@@ -154,6 +159,8 @@ def test_two_servers_on_one_file_share_one_total(tmp_path: Path) -> None:
         load.check_permutation()
         total = load.count()
         assert stop_together(servers) == {total}
+        assert not any("is away" in server.errors() for server in servers)
+    assert os.listdir(link.parent) == ["counter.db"]
     load.show("SQLite, two servers on one file", total)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import socket
 import sqlite3
 import subprocess
 import tempfile
@@ -21,7 +22,8 @@ import pytest
 from counter.processes.child import ask_child
 from counter.totals import sqlite as sqlite_store
 from counter.totals.counter import Counter
-from counter.totals.sqlite import APPLICATION_ID, SCHEMA_VERSION, SqliteStore
+from counter.totals.sqlite import SqliteStore
+from counter.totals.sqlite_file import APPLICATION_ID, SCHEMA_VERSION
 from counter.totals.store import InDoubt, StoreAway, StoreError
 from kit.counter_contract import TOP, SharedCounterContract
 
@@ -128,11 +130,10 @@ def test_a_file_is_in_wal_mode_and_written_through(store: SqliteStore, path: str
 
 def test_a_total_is_not_set_over_another(path: str) -> None:
     make_store(path, 1234567).close()
-    text = refused(path, set_total=5000)
-    assert "1,234,567" in text
-    assert "5,000" in text
-    assert "--force" in text
-    assert "leave --setTotal out" in text
+    assert refused(path, set_total=5000) == (
+        f"cannot use {path}: the total is 1,234,567 and --setTotal would make it 5,000; "
+        "leave --setTotal out to go on from there, or add --force to overwrite it"
+    )
     assert total_in_file(path) == "1234567"
 
 
@@ -151,7 +152,9 @@ def test_force_alone_changes_nothing(path: str) -> None:
         assert store.check(force=True).total == 7
 
 
-@pytest.mark.parametrize("name", ["a b?c#d%20.db", "ä&mode=memory.db", "caf\udce9.db"])
+@pytest.mark.parametrize(
+    "name", ["a b?c#d%20.db", "ä&mode=memory.db", os.fsdecode(b"caf\xe9.db"), "new\nline.db"]
+)
 def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
     path = str(tmp_path / name)
     make_store(path, 5).close()
@@ -230,6 +233,297 @@ def test_a_missing_folder_is_said(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     assert refused(str(tmp_path)) == f"cannot use {tmp_path}: it is a folder; name a file in it"
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_link_is_what_it_leads_to(tmp_path: Path, existing: bool, relative: bool) -> None:
+    """Two names have one queue, and nothing is made beside the link."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    link = tmp_path / "link.db"
+    link.symlink_to("data/counter.db" if relative else folder / "counter.db")
+    path = str(folder / "counter.db")
+    if existing:
+        make_store(path, 5).close()
+    with closing(SqliteStore(str(link))) as store:
+        assert store.check(None if existing else 5).total == 5
+        with closing(SqliteStore(path)) as other:
+            assert [store.add(1), other.add(1), store.add(1)] == [5, 6, 7]
+            with closing(os.fdopen(os.dup(store._lock))) as queue:
+                fcntl.flock(queue, fcntl.LOCK_EX)
+                assert not queue_is_free(path)
+                fcntl.flock(queue, fcntl.LOCK_UN)
+    assert sorted(os.listdir(tmp_path)) == ["data", "link.db"]
+
+
+def test_a_link_that_is_turned_elsewhere_is_an_outage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_store, "LOOK_S", 0.0)
+    for name, total in (("one", 10), ("other", 20)):
+        make_store(str(tmp_path / name), total).close()
+    link = tmp_path / "link"
+    link.symlink_to("one")
+    with closing(SqliteStore(str(link))) as store:
+        assert store.add(1) == 10
+        link.unlink()
+        link.symlink_to("other")
+        with pytest.raises(StoreAway, match="was replaced"):
+            store.add(1)
+        store.close()
+        assert store.add(1) == 20
+
+
+def test_a_link_into_no_folder_is_said(tmp_path: Path) -> None:
+    link = tmp_path / "link.db"
+    link.symlink_to(tmp_path / "nowhere" / "counter.db")
+    assert refused(str(link)) == (
+        f"cannot use {link}, which leads to {tmp_path}/nowhere/counter.db: there is no such folder"
+    )
+    assert os.listdir(tmp_path) == ["link.db"]
+
+
+def test_links_in_a_circle_are_said(tmp_path: Path) -> None:
+    link = tmp_path / "one"
+    link.symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+    assert "its links lead in a circle" in refused(str(link))
+    assert sorted(os.listdir(tmp_path)) == ["one", "other"]
+
+
+def test_another_programs_database_is_left_as_it_is_by_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    run_sql(str(folder / "other.db"), "PRAGMA journal_mode = WAL", "CREATE TABLE t (x)")
+    link = tmp_path / "link.db"
+    link.symlink_to("theirs/other.db")
+    before = files_of(folder)
+    assert refused(str(link), 5) == (
+        f"cannot use {link}, which leads to {folder}/other.db: "
+        "it is another program's database; name another file"
+    )
+    assert files_of(folder) == before
+    assert sorted(os.listdir(tmp_path)) == ["link.db", "theirs"]
+
+
+def test_a_database_that_another_program_begins_in_the_same_moment_is_left(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin_other(_file: str) -> str:
+        run_sql(path, "CREATE TABLE theirs (x)")
+        return ""
+
+    monkeypatch.setattr(sqlite_store, "wrong_content", begin_other)
+    assert "it is another program's database" in refused(path, 5)
+    assert run_sql(path, "SELECT name FROM sqlite_master") == [("theirs",)]
+    assert run_sql(path, "PRAGMA journal_mode") == [("delete",)]
+
+
+def test_a_file_with_several_names_is_refused(tmp_path: Path) -> None:
+    """SQLite would keep a WAL beside each, and neither would know of the other."""
+    path = tmp_path / "counter.db"
+    make_store(str(path), 5).close()
+    other = tmp_path / "other.db"
+    os.link(path, other)
+    before = files_of(tmp_path)
+    for name in (path, other):
+        assert "several names (hard links)" in refused(str(name), 7)
+    assert files_of(tmp_path) == before
+    other.unlink()
+    assert total_in_file(str(path)) == "5"
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "/dev/zero", "fifo", "socket"])
+@pytest.mark.parametrize("by_link", [False, True])
+def test_what_is_no_regular_file_is_refused(tmp_path: Path, name: str, by_link: bool) -> None:
+    path = os.path.join(tmp_path, name)
+    with closing(socket.socket(socket.AF_UNIX)) as sock:
+        if name == "socket":
+            sock.bind(path)
+        if name == "fifo":
+            os.mkfifo(path)
+        if by_link:
+            os.symlink(path, tmp_path / "link")
+            path = str(tmp_path / "link")
+        before = os.listdir(tmp_path)
+        assert refused(path, 5).endswith(": it is not a regular file; name another")
+        assert os.listdir(tmp_path) == before
+    assert not os.path.exists(name + "-queue")
+
+
+def test_an_open_file_without_a_name_is_refused(tmp_path: Path) -> None:
+    with open(tmp_path / "gone", "w+b") as file:
+        (tmp_path / "gone").unlink()
+        assert "has no name" in refused(f"/proc/self/fd/{file.fileno()}", 5)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_file_that_is_mounted_by_itself_is_refused(tmp_path: Path) -> None:
+    """As a container is given it: what is newest would be beside it, and end with the container."""
+    outside = tmp_path / "outside.db"
+    make_store(str(outside), 5).close()
+    inside = tmp_path / "in side.db"
+    inside.touch()
+    mount = ["mount", "--bind", str(outside), str(inside)]
+    if os.geteuid() or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("mounting takes root and the right to mount")
+    try:
+        assert "it is mounted by itself" in refused(str(inside), 7)
+    finally:
+        subprocess.run(["umount", str(inside)], check=True)
+    assert total_in_file(str(outside)) == "5"
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_wal_whose_database_is_gone_is_not_thrown_away(tmp_path: Path, is_empty: bool) -> None:
+    """SQLite deletes it with the newest commits in it as it begins a new database."""
+    path = tmp_path / "counter.db"
+    with closing(make_store(str(path), 40)) as store:
+        store.add(2)
+        for end in ("", "-wal"):
+            (tmp_path / f"kept{end}").write_bytes(Path(f"{path}{end}").read_bytes())
+    for file in list(tmp_path.glob("counter.db*")):
+        file.unlink()
+    (tmp_path / "kept-wal").rename(tmp_path / "counter.db-wal")
+    if is_empty:
+        path.touch()
+    before = files_of(tmp_path)
+    text = refused(str(path), 5)
+    assert f"{path}-wal is left of a database that is gone from there" in text
+    assert files_of(tmp_path) == before
+    (tmp_path / "kept").rename(path)
+    with closing(SqliteStore(str(path))) as store:
+        assert store.check().total == 42
+
+
+def test_a_journal_whose_database_is_gone_is_not_thrown_away(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("CREATE TABLE t (x)")
+        db.execute("BEGIN")
+        db.execute("INSERT INTO t VALUES (1)")
+        journal = Path(f"{path}-journal").read_bytes()
+    path.unlink()
+    Path(f"{path}-journal").write_bytes(journal)
+    before = files_of(tmp_path)
+    assert "-journal is left of a database" in refused(str(path), 5)
+    assert files_of(tmp_path) == before
+
+
+def test_a_database_whose_making_was_cut_short_is_made_anew(path: str) -> None:
+    """As a power cut leaves it: an empty file, and a journal that says that it was empty."""
+    Path(path).touch()
+    Path(f"{path}-journal").write_bytes(b"\xd9\xd5\x05\xf9 \xa1c\xd7" + bytes(504))
+    with closing(SqliteStore(path)) as store:
+        assert store.check(5).is_new
+        assert store.add(1) == 5
+
+
+# What the promise rests on.
+
+
+def vacuum_into(path: str, copy: str) -> None:
+    """The copy of a total as a user makes it, which is in no WAL mode."""
+    run_sql(path, f"VACUUM INTO '{copy}'")
+    assert run_sql(copy, "PRAGMA journal_mode") == [("delete",)]
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_copy_that_lost_its_wal_mode_gets_it_back(
+    tmp_path: Path, path: str, checked: bool
+) -> None:
+    make_store(path, 5).close()
+    copy = str(tmp_path / "copy.db")
+    vacuum_into(path, copy)
+    with closing(SqliteStore(copy)) as store:
+        if checked:
+            assert store.check().total == 5
+        assert store.add(1) == 5
+        assert run_sql(copy, "PRAGMA journal_mode") == [("wal",)]
+
+
+def test_a_file_that_cannot_be_put_into_wal_mode_is_refused_until_it_can(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_store, "BUSY_S", 0.05)
+    make_store(path, 5).close()
+    copy = str(tmp_path / "copy.db")
+    vacuum_into(path, copy)
+    with closing(sqlite3.connect(copy, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM counter").fetchall()
+        assert "it cannot be put into WAL mode: database is locked" in refused(copy)
+        with closing(SqliteStore(copy)) as store:
+            with pytest.raises(StoreAway, match="cannot be put into WAL mode") as caught:
+                store.add(1)
+            assert not isinstance(caught.value, InDoubt)
+            reader.execute("COMMIT")
+            assert store.add(1) == 5
+
+
+class WithoutWal(sqlite3.Connection):
+    """As on a file system whose files cannot be shared memory: WAL mode is refused in silence."""
+
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        return super().execute(sql.replace("journal_mode = WAL", "journal_mode"), parameters)
+
+
+class WithoutFull(sqlite3.Connection):
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        return super().execute(
+            sql.replace("synchronous = FULL", "synchronous = NORMAL"), parameters
+        )
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        (WithoutWal, "in journal mode delete with synchronous 2"),
+        (WithoutFull, "in journal mode wal with synchronous 1"),
+    ],
+)
+def test_a_file_that_is_not_kept_as_promised_is_refused(
+    path: str, monkeypatch: pytest.MonkeyPatch, factory: type[sqlite3.Connection], said: str
+) -> None:
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=factory))
+    text = refused(path)
+    assert said in text
+    assert "network" in text
+    with closing(SqliteStore(path)) as store:
+        with pytest.raises(StoreAway, match=said):
+            store.add(1)
+
+
+def test_a_reader_that_stays_leaves_no_wal_of_its_length(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 100_000
+    monkeypatch.setattr(sqlite_store, "WAL_LIMIT_BYTES", limit)
+    with closing(make_store(path)) as store:
+        assert store._db is not None
+        store._db.execute("PRAGMA wal_autocheckpoint = 10")
+        with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM counter").fetchall()
+            while os.path.getsize(path + "-wal") < 3 * limit:
+                store.add(1)
+        for _ in range(20):
+            store.add(1)
+        assert os.path.getsize(path + "-wal") <= limit
+
+
+def test_writers_meet_again_when_the_queue_was_removed(
+    store: SqliteStore, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_store, "LOOK_S", 0.0)
+    store.close()
+    store.add(1)
+    with closing(SqliteStore(path)) as other:
+        os.unlink(path + "-queue")
+        assert [other.add(1), store.add(1)] == [1, 2]
+        assert os.path.samestat(os.fstat(store._lock), os.fstat(other._lock))
+        assert os.path.samestat(os.fstat(store._lock), os.stat(path + "-queue"))
 
 
 # Python 3.12 warns of every fork beside a thread, which another test may have left.
@@ -384,15 +678,16 @@ def test_a_file_that_was_replaced_is_an_outage(
 
 
 def test_a_file_is_looked_for_once_a_second_not_at_each_addition(
-    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+    store: SqliteStore, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = 1000.0
-    looked: list[str] = []
-    plain_stat: Callable[[str], os.stat_result] = os.stat
+    looked: list[Any] = []
+    plain_stat: Callable[..., os.stat_result] = os.stat
 
-    def stat(path: str) -> os.stat_result:
-        looked.append(path)
-        return plain_stat(path)
+    def stat(name: Any, **how: Any) -> os.stat_result:
+        if name == path:
+            looked.append(name)
+        return plain_stat(name, **how)
 
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     monkeypatch.setattr(os, "stat", stat)
