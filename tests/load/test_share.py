@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from counter.load.share import split
-from counter.options.parser import ClientSettings
+from counter.options.client import ClientSettings
 from counter.options.values import Seconds
 
 

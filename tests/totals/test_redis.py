@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from counter.options.values import StoreAddress, parse_store
-from counter.processes.master import ask_child
+from counter.processes.child import ask_child
 from counter.totals import redis as redis_store
 from counter.totals.counter import Counter
 from counter.totals.redis import MARK, RedisStore
