@@ -1,4 +1,4 @@
-"""Amounts and the frames that carry them."""
+"""AmountRange and the frames that carry them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from protocol import DEEP_FRAMES, Batch, Decoder, UniformBatch
     "amounts", [AmountRange(7, 7), AmountRange(0, 3), AmountRange(2**64 - 2, 2**64 - 1)]
 )
 @pytest.mark.parametrize("count", [1, 2, 200])
-def test_the_frames_carry_what_was_drawn(amounts: Amounts, pipeline: int, count: int) -> None:
+def test_the_frames_carry_what_was_drawn(amounts: AmountRange, pipeline: int, count: int) -> None:
     draw = Draw(ClientSettings(amount=amounts, pipeline=pipeline))
     batch = draw.batch(count)
     decoded, rest = Decoder().decode(draw.frames(batch))

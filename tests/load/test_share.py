@@ -50,4 +50,4 @@ def test_the_shares_add_up_to_the_run(
 def test_a_run_that_nothing_bounds_is_planned_for_a_minute(
     settings: ClientSettings, planned_s: float | None
 ) -> None:
-    assert settings.planned_s == planned_s
+    assert settings.planned_duration_s == planned_s
