@@ -14,7 +14,7 @@ from kit.harness import PATIENCE_S, ScriptedServer
 
 _LARGEST = 1 << 16
 _COMMIT = b":writer:"  # in the name of a key, of no command but a commit
-_PROBE = b"$1\r\n0\r\n"  # adds 0, which is not asked for again
+_NOTHING = b"$1\r\n0\r\n$1\r\n0\r\n"  # the amount of a probe, which is not asked for again
 _APPLIED = b"$24\r\n"  # how the reply to a commit begins that is applied
 _BEHIND = b"-NOTMINE "  # to one that arrives when its writer is further on
 
@@ -69,7 +69,7 @@ class FaultProxy(ScriptedServer):
 
     def _is_to_be_held(self, command: bytes) -> bool:
         with self._changed:
-            if not self._to_hold or _COMMIT not in command or _PROBE in command:
+            if not self._to_hold or _COMMIT not in command or _NOTHING in command:
                 return False
             self._to_hold = 0
             self._held[command] = -1
