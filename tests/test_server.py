@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import random
 import re
@@ -448,3 +449,23 @@ def can_connect(address: str) -> bool:
 def memory_mb(pid: int) -> float:
     with open(f"/proc/{pid}/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def test_a_backlog_that_the_kernel_cuts_is_said() -> None:
+    with ServerCommand("--processes", "1", "--backlog", str(2**31 - 1)) as server:
+        server.error_line_with("the kernel cuts --backlog 2147483647 to ")
+        server.stop()
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_with_a_json_log_the_lines_of_the_result_are_json_too(processes: str) -> None:
+    with Command("server.py", "--port", "0", "--processes", processes, "--logFormat", "json") as it:
+        begun = json.loads(it.line())
+        assert begun["message"].startswith(f"Listening on {begun['address']} with")
+        assert (begun["store"], begun["total"]) == ("memory", "0")
+        with Peer(begun["address"]) as peer:
+            assert peer.add(7) == 7
+        it.signal(signal.SIGTERM)
+        assert json.loads(it.line()) == {"message": "Counter value: 7", "total": "7"}
+        assert json.loads(it.line())["requests"] == 1
+        assert it.finish() == 0
