@@ -182,6 +182,11 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
     # Replies are sent as they are; under TLS something stands between.
     send = transmit
 
+    def look(self) -> None:
+        """Takes what has come, which may be what a deadline waits for, if this one reads at all."""
+        if self.watcher.active:
+            self.on_readable()
+
     def overdue(self) -> str:
         """What the frame deadline has ended, for the log."""
         return f"a frame stopped after {len(self.rest)} bytes"

@@ -271,8 +271,7 @@ class CounterServer(PausingServer, StreamServer):
         if self._was_stopped(now):
             return
         for connection in self.deadlines.overdue(now):
-            # What has come meanwhile may be the rest of it.
-            connection.on_readable()
+            connection.look()
         for connection in self.deadlines.overdue(now):
             self.refused(Ending.INCOMPLETE, f"{connection.peer()}: {connection.overdue()}")
             connection.end(Ending.INCOMPLETE)
