@@ -166,7 +166,7 @@ def test_a_call_that_waits_for_others_and_has_sent_nothing_is_safe_to_repeat() -
 
 
 class Abandoned:
-    """A server that answers 1, then reads two frames; what becomes of that connection is `end`.
+    """A server that answers 1, then reads a window; what becomes of that connection is `end`.
 
     Later connections are answered whatever they ask.
     """
@@ -185,7 +185,7 @@ class Abandoned:
         receive_exactly(sock, REQUEST_SIZE)
         self.go.wait()
         sock.sendall(encode_total(1))
-        receive_exactly(sock, 2 * REQUEST_SIZE)
+        receive_exactly(sock, WINDOW_FRAMES * REQUEST_SIZE)
         self.read.set()
         try:
             self.end = sock.recv(1)
@@ -196,9 +196,11 @@ class Abandoned:
 def test_a_call_that_gives_up_resets_and_each_learns_what_became_of_its_own() -> None:
     peer = Abandoned()
     with ScriptedServer(peer.script) as server, CounterClient(server.address) as counter:
-        one, two = in_order(counter, 1, 2)
+        (one,) = in_order(counter, 1)
+        two = Caller(lambda: counter.add_many([2] * (WINDOW_FRAMES - 1)))
+        queued(counter, 2)
         counter.timeout = 1
-        (three,) = in_order(counter, 3)  # whose frame goes out with that of two, which leads then
+        (three,) = in_order(counter, 3)  # whose frame goes out with those of two, which leads then
         counter.timeout = 10
         peer.go.set()
         peer.read.wait()
@@ -209,7 +211,7 @@ def test_a_call_that_gives_up_resets_and_each_learns_what_became_of_its_own() ->
         assert gave_up.amounts == (3,)
         assert "no reply within 1 s" in str(gave_up)
         assert isinstance(met_it, OutcomeUnknown)
-        assert met_it.amounts == (2,)
+        assert met_it.amounts == (2,) * (WINDOW_FRAMES - 1)
         assert "another call on the connection waited" in str(met_it)
         assert two.took_s < 5
         assert four.end() == 99, "it was not sent, and is on the next connection"
