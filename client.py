@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import errno
 import os
+import reprlib
 import socket
+import struct
 import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,21 +55,60 @@ if TYPE_CHECKING:
 __all__ = [
     "AddressError",
     "AmountError",
+    "ArgumentError",
     "ConnectError",
     "CounterClient",
     "CounterError",
+    "NumbersEnded",
     "OutcomeUnknown",
+    "WrongType",
 ]
 
-# Frames that add_many keeps unanswered. A quarter of what the server allows: enough to hide the
+# Frames that a connection keeps unanswered. A quarter of what the server allows: enough to hide the
 # round trip, and a failure leaves so many outcomes unknown at most.
 WINDOW_FRAMES: Final = MAX_UNREAD_FRAMES // 4
+
+TCP_ESTABLISHED: Final = b"\1"  # the first byte of struct tcp_info
+
+MAX_TIMEOUT_S: Final = 1_000_000  # 11 days; the system's own limit is 24
+
+# A server that vanished without a word is found to be gone after 45 s, whatever the timeout: with
+# bytes on their way by the first, in silence by the questions of the others.
+GONE_AFTER: Final = {
+    socket.TCP_USER_TIMEOUT: 45_000,  # ms
+    socket.TCP_KEEPIDLE: 30,  # s
+    socket.TCP_KEEPINTVL: 5,  # s
+    socket.TCP_KEEPCNT: 3,
+}
 
 IS_IT_ONE: Final = "is it a counter server, and does it speak TLS (--tlsCA)?"
 
 
 class ConnectError(CounterError):
-    """No connection, so nothing was sent or counted: it is safe to try again."""
+    """Nothing was sent, so nothing was counted: it is safe to try again."""
+
+
+class ArgumentError(CounterError, ValueError):
+    """A timeout that is none: the caller's mistake, nothing was sent."""
+
+
+class WrongType(CounterError, TypeError):
+    """An amount, address, timeout or context of another type: nothing was sent."""
+
+
+class NumbersEnded(CounterError):
+    """take() crossed 2^64 - 1, behind which the total begins anew at 0.
+
+    `amount` was counted, and `total` is the total right after it.
+    """
+
+    def __init__(self, amount: int, total: int) -> None:
+        super().__init__(amount, total)
+        self.amount, self.total = amount, total
+
+    def __str__(self) -> str:
+        now = f"{self.amount} was counted and the total passed 2^64 - 1, it is {self.total} now"
+        return f"{now}; numbers from here on were given before, take them from another counter"
 
 
 class OutcomeUnknown(CounterError):
@@ -94,40 +138,48 @@ class OutcomeUnknown(CounterError):
         self.unsent = tuple(unsent)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._why, self.totals, self.amounts, self.unsent, self._hint)
+        arguments = (self._why, self.totals, self.amounts, self.unsent, self._hint)
+        return type(self), arguments, self.__dict__
 
 
 class CounterClient:
     """One connection to a counter server: made on first use, and again after it was lost.
 
-    `address` is `HOST:PORT`, `:PORT` or `[IPv6]:PORT`; `timeout` in seconds bounds connecting and
-    the wait for each reply. With a context of the ssl module as `tls` the connection is encrypted,
-    and the server's certificate verified against the host of the address if the context says so.
-    Threads and greenlets may share a client: they take turns. A forked child connects anew. Works
-    with gevent where the application is patched.
+    `address` is `HOST:PORT`, `:PORT` or `[IPv6]:PORT`, and a name is looked up at each connect.
+    `timeout` in seconds bounds a whole call: waiting for others, connecting, and every reply; None
+    waits for ever. With a context of the ssl module as `tls` the connection is encrypted, and the
+    server's certificate verified against the host of the address if the context says so.
+
+    Threads and greenlets may share a client: calls that meet travel together. A forked child
+    connects anew. Works with gevent where the application is patched, before or after this client
+    is made. AddressError, ArgumentError or WrongType for what cannot be used.
     """
 
     def __init__(
         self,
         address: str = "127.0.0.1:8080",
-        timeout: float = 10,
+        timeout: float | None = 10,
         tls: ssl.SSLContext | None = None,
     ) -> None:
+        if not isinstance(address, str):
+            raise WrongType(f"address {_shown(address)}: write text, as in '127.0.0.1:8080'")
         self.host, self.port = parse_address(address)
-        self.timeout = timeout
+        if not self.port:
+            raise AddressError(f"address {address!r}: port 0 cannot be connected to")
+        if tls is not None and not hasattr(tls, "wrap_socket"):
+            raise WrongType(f"tls {_shown(tls)}: give an ssl.SSLContext, or None")
+        self.timeout = None if timeout is None else _seconds(timeout)
         self.tls = tls
-        self._is_new = True
-        self._lock = threading.Lock()
-        self._sock: socket.socket | None = None
+        self._line = _Line(self.host, self.port, tls)
         _clients.add(self)
 
     def add(self, amount: int) -> int:
         """Adds an amount of 0..2^64-1; gives back the total right after that addition.
 
-        AmountError for any other amount, ConnectError if there is no connection (nothing was
-        counted), OutcomeUnknown if the reply did not come.
+        AmountError for any other number and WrongType for anything else, ConnectError if there is
+        no connection (nothing was counted), OutcomeUnknown if the reply did not come.
         """
-        return self.add_many((amount,))[0]
+        return self._ask([_frame(amount)])[0]
 
     def add_many(self, amounts: Iterable[int]) -> list[int]:
         """Adds each amount, pipelined; gives back the total right after each, in order.
@@ -135,28 +187,35 @@ class CounterClient:
         Errors as with add(); OutcomeUnknown tells the answered, the unknown and the unsent apart.
         A bad amount is found before anything is sent.
         """
-        wanted = list(amounts)
-        frames = [encode_frame(amount) for amount in wanted]
-        if not frames:
-            return []
-        with self._lock:
-            sock = self._connected()
-            try:
-                return self._exchange(sock, wanted, frames)
-            except BaseException:
-                # Whatever the reason (a killed greenlet, Ctrl-C), replies that are still to come
-                # would be taken for those of the next call.
-                self._drop()
-                raise
+        try:
+            each = iter(amounts)
+        except TypeError:
+            raise WrongType(f"amounts {_shown(amounts)}: give a list of them") from None
+        frames = [_frame(amount) for amount in each]
+        return self._ask(frames) if frames else []
+
+    def take(self, count: int) -> range:
+        """So many numbers that nobody else has: one addition, and the numbers that it crossed.
+
+        They are unique among all that take. Those of a take with OutcomeUnknown go to nobody.
+        Errors as with add(), and NumbersEnded at 2^64 - 1. Taking 0 asks nobody.
+        """
+        frame = _frame(count)
+        amount = _amount(frame)
+        if not amount:
+            return range(0)
+        (total,) = self._ask([frame])
+        if total < amount:
+            raise NumbersEnded(amount, total)
+        return range(total - amount + 1, total + 1)
 
     def total(self) -> int:
         """The total now; counts nothing. Errors as with add()."""
         return self.add(0)
 
     def close(self) -> None:
-        """Closes the connection; a later call makes a new one."""
-        with self._lock:
-            self._drop()
+        """Closes the connection after the calls under way; a later call makes a new one."""
+        self._line.close()
 
     def __enter__(self) -> CounterClient:
         return self
@@ -169,101 +228,16 @@ class CounterClient:
     ) -> None:
         self.close()
 
-    def _connected(self) -> socket.socket:
-        """A connection that was alive a moment ago."""
-        if self._sock is not None and self._ended(self._sock):
-            self._drop()
-        if self._sock is None:
-            try:
-                self._sock = self._connect()
-            except (OSError, UnicodeError) as error:
-                raise ConnectError(explain(error, self.host, self.port)) from error
-            self._is_new = True
-        return self._sock
-
-    def _connect(self) -> socket.socket:
-        sock = socket.create_connection((self.host, self.port), self.timeout)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.tls is None:
-            return sock
-        try:
-            return self.tls.wrap_socket(sock, server_hostname=self.host)
-        except BaseException:
-            sock.close()
-            raise
-
-    def _ended(self, sock: socket.socket) -> bool:
-        """Whether the server closed the connection while it was idle: then nothing is in doubt."""
-        sock.settimeout(0)
-        try:
-            # TLS has words of its own to read, and no way to look at what follows without it.
-            sock.recv(1, socket.MSG_PEEK if self.tls is None else 0)
-        except OSError as error:
-            return not (isinstance(error, BlockingIOError) or _wants_more(error))
-        return True
-
-    def _exchange(self, sock: socket.socket, amounts: list[int], frames: list[bytes]) -> list[int]:
-        totals: list[int] = []
-        rest = b""
-        sent = 0
-        why, closed = "the server closed the connection", True
-        try:
-            while len(totals) < len(frames):
-                room = min(len(frames), len(totals) + WINDOW_FRAMES) - sent
-                if room > 0:
-                    sock.settimeout(self.timeout)
-                    # From here on the outcome of these is unknown, whatever sendall says.
-                    sent += room
-                    sock.sendall(b"".join(frames[sent - room : sent]))
-                data = self._receive(sock, sent - len(totals), rest)
-                if not data:
-                    break
-                self._is_new = False
-                more, rest = decode_totals(rest + data)
-                totals += more
-            else:
-                return totals
-        except TimeoutError:
-            closed = False
-            why = f"no reply within {self.timeout:g} s (every worker of the server may be taken)"
-        except OSError as error:
-            if self._is_new and _is_refusal(error):
-                raise ConnectError(explain(error, self.host, self.port)) from error
-            why = f"the connection was lost ({(error.strerror or str(error)).lower()})"
-        unknown = amounts[len(totals) : sent]
-        hint = self._why_closed(unknown) if closed else ""
-        raise OutcomeUnknown(why, totals, unknown, amounts[sent:], hint)
-
-    def _why_closed(self, unknown: list[int]) -> str:
-        """What may have made a server close the connection before these were answered."""
-        hints = []
-        if any(unknown):
-            hints.append("a server with --maxIncrement refuses larger amounts in this way")
-        if self._is_new and self.tls is None:
-            hints.append(IS_IT_ONE)
-        return "; ".join(hints)
-
-    def _receive(self, sock: socket.socket, expected: int, rest: bytes) -> bytes:
-        """Some bytes, and at least the end of the next reply; empty at the end of the stream."""
-        deadline = time.monotonic() + self.timeout
-        data = b""
-        while len(rest) + len(data) < REPLY_SIZE:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            more = sock.recv(expected * REPLY_SIZE - len(rest) - len(data))
-            if not more:
-                return b""
-            data += more
-        return data
-
-    def _drop(self) -> None:
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
+    def _ask(self, frames: list[bytes]) -> list[int]:
+        call = _Call(frames, self.timeout)
+        self._line.carry(call)
+        return call.totals
 
     def _after_fork(self) -> None:
         """Closes the child's own descriptor; the parent's connection does not notice."""
-        self._lock = threading.Lock()
-        self._drop()
+        sock, self._line = self._line.sock, _Line(self.host, self.port, self.tls)
+        if sock is not None:
+            sock.close()
 
 
 _clients: weakref.WeakSet[CounterClient] = weakref.WeakSet()
@@ -278,9 +252,366 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _wants_more(error: OSError) -> bool:
-    """Whether TLS only says that nothing has come yet."""
-    return type(error).__name__ == "SSLWantReadError"
+def _frame(amount: int) -> bytes:
+    """The frame of an amount; AmountError or WrongType if there is none."""
+    try:
+        if isinstance(amount, bool):
+            raise TypeError
+        return encode_frame(amount)
+    except TypeError:
+        raise WrongType(f"amount {_shown(amount)}: give an int of 0..2^64 - 1") from None
+    except AmountError:
+        raise
+    except ValueError:  # Python does not write numbers of thousands of digits
+        raise AmountError(f"amount {_shown(amount)} is outside 0..2^64 - 1") from None
+
+
+def _amount(frame: bytes) -> int:
+    return int.from_bytes(frame[:8])
+
+
+def _seconds(timeout: float) -> float:
+    wanted = f"give seconds above 0 and up to {MAX_TIMEOUT_S}, or None to wait for ever"
+    if isinstance(timeout, bool) or not hasattr(timeout, "__float__"):
+        raise WrongType(f"timeout {_shown(timeout)}: {wanted}")
+    try:
+        seconds = float(timeout)
+    except (ArithmeticError, ValueError):
+        seconds = 0.0
+    if not 0 < seconds <= MAX_TIMEOUT_S:  # nor is NaN
+        raise ArgumentError(f"timeout {_shown(timeout)}: {wanted}")
+    return seconds
+
+
+def _shown(value: object) -> str:
+    """A value in an error, of whatever length and kind it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return f"of {type(value).__name__}"
+
+
+class _Call:
+    """The frames of one call and what became of them; `sent` of them were handed to the socket."""
+
+    __slots__ = ("deadline", "failure", "frames", "gate", "over", "sent", "timeout", "totals")
+
+    def __init__(self, frames: list[bytes], timeout: float | None) -> None:
+        self.frames = frames
+        self.timeout = timeout
+        self.deadline = None if timeout is None else time.monotonic() + timeout
+        self.sent = 0
+        self.totals: list[int] = []
+        self.over = False
+        self.failure: CounterError | None = None
+        self.gate: threading.Lock | None = None  # shut until the call is over or leads
+
+    def time_left(self) -> float | None:
+        """Seconds, None without end; TimeoutError when there are none."""
+        if self.deadline is None:
+            return None
+        left = self.deadline - time.monotonic()
+        if left > 0:
+            return left
+        if self.over:
+            return 0.001  # what it still sends is the others'
+        raise TimeoutError
+
+    def fail(self, failure: CounterError) -> None:
+        """No more replies will come."""
+        self.over, self.failure = True, failure
+        self.wake()
+
+    def wake(self) -> None:
+        """Has a call that waits find that it is over or leads."""
+        if self.gate is not None and self.gate.locked():
+            self.gate.release()
+
+
+class _Line:
+    """A connection and the calls that share it, oldest first.
+
+    One call leads, the oldest: it alone uses the socket, sends for all and reads for all. When it
+    has its own replies the next oldest leads. So frames leave in the order of the calls, those of
+    one call together, TLS has one user at a time, and no thread is needed.
+
+    A call that gives up on its replies abandons the connection, for they would be taken for those
+    of the next: the leader resets it. Each call then learns what became of its own frames; those
+    that have sent none go on with the next connection.
+
+    The mutex is never held across a wait, so that it may be made before gevent patches the
+    application. What is waited for is made by whoever waits.
+    """
+
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+        self._host, self._port, self._tls = host, port, tls
+        self._mutex = threading.Lock()
+        self._calls: deque[_Call] = deque()
+        self._leader: _Call | None = None
+        self.sock: socket.socket | None = None
+        self._is_new = True  # no reply has come on it
+        self._sent_calls = 0  # so many of the oldest have sent all of their frames
+        self._in_flight = 0  # frames without a reply
+        self._patience_s: float | None = None  # that the socket was given
+        self._rest = b""  # of a reply that has not come to its end
+        self._abandoned = ""  # why
+        self._closing = False
+
+    def carry(self, call: _Call) -> None:
+        """Has a call's frames answered, or raises what became of them."""
+        try:
+            self._join(call)
+            if self._leader is call:
+                self._lead(call)
+        except BaseException as error:
+            with self._mutex:
+                if not call.over and call in self._calls:
+                    self._give_up(call, error)
+            if not isinstance(error, OSError | EOFError):
+                raise
+        finally:
+            if self._leader is call:
+                self._pass_on()
+        if call.failure is not None:
+            raise call.failure
+
+    def close(self) -> None:
+        """Closes the connection, or has the last call under way do it."""
+        with self._mutex:
+            if self._leader is None:
+                self._drop()
+            else:
+                self._closing = True
+
+    def _join(self, call: _Call) -> None:
+        """Waits until a call is over or leads; TimeoutError."""
+        with self._mutex:
+            self._calls.append(call)
+            if self._leader is None:
+                self._leader = call
+                return
+            gate = call.gate = threading.Lock()
+            gate.acquire()
+        left = call.time_left()
+        if not gate.acquire(timeout=-1 if left is None else left):
+            raise TimeoutError
+
+    def _give_up(self, call: _Call, error: BaseException) -> None:
+        """Takes out a call that waits for others; what it has sent it abandons."""
+        call.fail(self._failure(call, error, self._why(call, error)))
+        if not call.sent or self.sock is None:
+            self._calls.remove(call)
+            return
+        self._abandoned = self._why(None, error)
+        # Wakes the leader. A TLS socket's own shutdown() would have it read on without TLS.
+        with suppress(OSError), socket.socket(fileno=os.dup(self.sock.fileno())) as same:
+            same.shutdown(socket.SHUT_RD)
+
+    def _lead(self, call: _Call) -> None:
+        """Sends and reads for all until a call is over."""
+        try:
+            if self.sock is not None and not self._in_flight and _has_ended(self.sock):
+                self._drop()
+            if self.sock is None:
+                self.sock = self._connect(call)
+            self._send(self.sock, call)
+            while not call.over:
+                self._receive(self.sock, call)
+                if len(self._calls) > self._sent_calls:
+                    self._send(self.sock, call)  # when it is over, for the next leader
+        except BaseException as error:
+            with self._mutex:
+                self._break(call, error)
+            raise
+
+    def _pass_on(self) -> None:
+        """Has the next oldest call lead."""
+        with self._mutex:
+            if self._abandoned:
+                self._break(None, EOFError())
+            self._leader = self._calls[0] if self._calls else None
+            if self._leader is not None:
+                self._leader.wake()
+            elif self._closing:
+                self._drop()
+
+    def _send(self, sock: socket.socket, leader: _Call) -> None:
+        """Sends what waits, as much of it as the window has room for."""
+        left = leader.time_left()
+        frames: list[bytes] = []
+        with self._mutex:
+            if self._abandoned:
+                raise EOFError
+            room = WINDOW_FRAMES - self._in_flight
+            for call in islice(self._calls, self._sent_calls, None):
+                if not room:
+                    break
+                some = call.frames[call.sent : call.sent + room]
+                frames += some
+                # From here on the outcome of these is unknown, whatever sendall says.
+                call.sent += len(some)
+                room -= len(some)
+                self._sent_calls += call.sent == len(call.frames)
+            self._in_flight = WINDOW_FRAMES - room
+        if frames:
+            self._bound(sock, left)
+            sock.sendall(b"".join(frames))
+
+    def _receive(self, sock: socket.socket, leader: _Call) -> None:
+        """Reads some replies and gives them to their calls; EOFError at the end of the stream."""
+        self._bound(sock, leader.time_left())
+        data = sock.recv(self._in_flight * REPLY_SIZE - len(self._rest))
+        if not data:
+            raise EOFError
+        self._is_new = False
+        totals, self._rest = decode_totals(self._rest + data)
+        start = 0
+        with self._mutex:
+            self._in_flight -= len(totals)
+            while start < len(totals):
+                call = self._calls[0]
+                end = start + call.sent - len(call.totals)
+                call.totals += totals[start:end]
+                start = end
+                if len(call.totals) == len(call.frames):
+                    self._calls.popleft()
+                    self._sent_calls -= 1
+                    call.over = True
+                    call.wake()
+
+    def _break(self, leader: _Call | None, error: BaseException) -> None:
+        """Ends the connection. The leader is over, and all that have sent anything.
+
+        Where no connection can be made, so are all.
+        """
+        nowhere = self.sock is None and isinstance(error, OSError) and not _is_late(error)
+        for call in self._calls:
+            if (call is leader or call.sent or nowhere) and not call.over:
+                why = self._abandoned or self._why(call if call is leader else None, error)
+                call.fail(self._failure(call, error, why))
+        self._calls = deque(call for call in self._calls if not call.over)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Closes the connection; with replies outstanding the server counts no more of it."""
+        sock, self.sock = self.sock, None
+        if sock is not None and self._in_flight:
+            _reset(sock)
+        elif sock is not None:
+            sock.close()
+        self._is_new, self._sent_calls, self._in_flight, self._rest = True, 0, 0, b""
+        self._abandoned, self._closing, self._patience_s = "", False, None
+
+    def _why(self, own: _Call | None, error: BaseException) -> str:
+        """Why a connection broke, said to the call itself that met it or to others."""
+        if isinstance(error, EOFError):
+            return "the server closed the connection"
+        if _is_late(error):
+            if own is None:
+                return "another call on the connection waited for its reply in vain"
+            return (
+                f"no reply within {own.timeout or 0:g} s (every worker of the server may be taken)"
+            )
+        if isinstance(error, OSError):
+            return f"the connection was lost ({(error.strerror or str(error)).lower()})"
+        return "another call on the connection was interrupted"
+
+    def _failure(self, call: _Call, error: BaseException, why: str) -> CounterError:
+        """What became of a call."""
+        failure: CounterError
+        refused = self._is_new and isinstance(error, OSError) and _is_refusal(error)
+        if isinstance(error, OSError) and (self.sock is None or refused):
+            failure = ConnectError(explain(error, self._host, self._port))
+        elif not call.sent:
+            where = format_address(self._host, self._port)
+            within = f"nothing was sent within {call.timeout or 0:g} s"
+            failure = ConnectError(f"{where}: {within}, other calls of this client came first")
+        else:
+            answered = len(call.totals)
+            amounts = list(map(_amount, call.frames))
+            unknown, unsent = amounts[answered : call.sent], amounts[call.sent :]
+            closed = isinstance(error, OSError | EOFError) and not _is_late(error)
+            hint = self._why_closed(unknown) if closed and not self._abandoned else ""
+            failure = OutcomeUnknown(why, call.totals, unknown, unsent, hint)
+        if isinstance(error, OSError):
+            failure.__cause__ = error
+        return failure
+
+    def _why_closed(self, unknown: list[int]) -> str:
+        """What may have made a server close the connection before these were answered."""
+        hints = []
+        if any(unknown):
+            hints.append("a server with --maxIncrement refuses larger amounts in this way")
+        if self._is_new and self._tls is None:
+            hints.append(IS_IT_ONE)
+        return "; ".join(hints)
+
+    def _bound(self, sock: socket.socket, patience_s: float | None) -> None:
+        """Bounds what the socket does next: a system call, left out for less than a millisecond."""
+        now = self._patience_s
+        if now is None or patience_s is None or not 0 <= now - patience_s < 0.001:
+            sock.settimeout(patience_s)
+            self._patience_s = patience_s
+
+    def _connect(self, call: _Call) -> socket.socket:
+        """A new connection, encrypted if it is to be; OSError."""
+        sock = self._reach(call)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in GONE_AFTER.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            if self._tls is None:
+                return sock
+            self._bound(sock, call.time_left())
+            return self._tls.wrap_socket(sock, server_hostname=self._host)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _reach(self, call: _Call) -> socket.socket:
+        """Connected to the first address that lets it; the name is looked up each time."""
+        try:
+            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except ValueError as error:
+            raise socket.gaierror(socket.EAI_NONAME, "no name of a host") from error
+        while True:
+            family, kind, proto, _, address = found.pop(0)
+            left, sock = call.time_left(), None
+            try:
+                sock = socket.socket(family, kind, proto)
+                # One that is silent leaves time for those behind it.
+                sock.settimeout(left and left / (len(found) + 1))
+                sock.connect(address)
+                # Where nobody listens, the kernel may have given the port to this very socket.
+                if sock.getsockname() != sock.getpeername():
+                    return sock
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+            except BaseException as error:
+                if sock is not None:
+                    _reset(sock)
+                if not (found and isinstance(error, OSError)):
+                    raise
+
+
+def _reset(sock: socket.socket) -> None:
+    """Closes a socket with RST: its peer throws away what it has not read."""
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def _is_late(error: BaseException) -> bool:
+    """Whether a timeout of ours is over; the kernel's, of a peer that vanished, has a number."""
+    return isinstance(error, TimeoutError) and error.errno is None
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    """Whether the server closed the connection while it was idle: then nothing is in doubt.
+
+    The kernel's word takes a third of the time of trying to read, and leaves TLS its bytes.
+    """
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != TCP_ESTABLISHED
 
 
 def _is_refusal(error: OSError) -> bool:
@@ -313,6 +644,9 @@ def explain(error: OSError | UnicodeError, host: str, port: int) -> str:
     remedy = {
         errno.ECONNREFUSED: f"; start a server there: python server.py --port {port}",
         errno.EMFILE: "; raise the descriptor limit (ulimit -n)",
+        errno.ENFILE: "; raise the machine's limit (sysctl fs.file-max)",
+        errno.EADDRNOTAVAIL: "; every local port for it is taken (wait, close connections, or widen"
+        " sysctl net.ipv4.ip_local_port_range), or this machine has no address of its kind",
     }.get(error.errno or 0, "; check the address")
     return f"cannot connect to {where}: {reason}{remedy}"
 
@@ -324,12 +658,16 @@ def _explain_tls(error: OSError) -> str:
         remedy = "--tlsCA names the authority to trust"
         if "mismatch" in verify:
             remedy = "connect by a name that is in the certificate"
+        elif "expired" in verify:
+            remedy = "the server needs a renewed one, if this machine's clock is right"
+        elif "not yet valid" in verify:
+            remedy = "look at this machine's clock, and at the day the certificate begins"
         return f"its certificate is refused ({verify.rstrip('.')}); {remedy}"
     if _is_refusal(error):
-        return (
-            f"the server refuses this client's certificate ({reason}); give --tlsCert and --tlsKey "
-            "that its --tlsClientCA has signed"
-        )
+        remedy = "give --tlsCert and --tlsKey that its --tlsClientCA has signed"
+        if "expired" in reason:
+            remedy = "renew the one that --tlsCert names"
+        return f"the server refuses this client's certificate ({reason}); {remedy}"
     if "wrong version number" in reason or "record layer failure" in reason:
         return f"it does not speak TLS ({reason}); leave --tls out"
     return f"no TLS ({reason}); check --tls, --tlsCA, --tlsCert and the server's --tlsClientCA"
