@@ -25,7 +25,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").g
 # Commands that this suite does not run as they stand, and what does or why not.
 ELSEWHERE = {
     "make": ".ci/run calls make test; the others are run by hand before a release",
-    "docker": "needs a container engine",
+    "docker": "needs a container engine; tests/test_deploy.py runs the image's files",
+    "kubectl": "needs a cluster; tests/test_deploy.py checks the manifests",
     "pip": "make installs the same files",
     "cp": "writes where units of the system are",
     "systemctl": "needs systemd; tests/test_deploy.py checks the unit",
