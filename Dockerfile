@@ -14,8 +14,8 @@ RUN python -m compileall -q .
 RUN install -d -o 10001 -g 10001 /data
 
 USER 10001:10001
-ENV COUNTER_SERVER_HOST=0.0.0.0 COUNTER_SERVER_ADMIN_PORT=9100
-EXPOSE 8080 9100
+ENV COUNTER_SERVER_HOST=0.0.0.0 COUNTER_SERVER_ADMIN_PORT=8580
+EXPOSE 8080 8580
 STOPSIGNAL SIGTERM
 
 # The admin port is answered while every worker is taken. Another one has to come by the environment,

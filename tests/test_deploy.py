@@ -86,7 +86,7 @@ def test_the_unit_sets_only_options_that_there_are() -> None:
     environment = dict(re.findall(r"^Environment=(COUNTER_\w+)=(.*)$", unit, re.MULTILINE))
     settings = read_settings(ServerSettings, [], environment)
     assert settings.store.path == "/var/lib/counter/counter.db"
-    assert settings.admin_port == 9100
+    assert settings.admin_port == 8580
 
 
 def test_the_unit_tries_again_for_ever_but_not_with_a_wrong_option() -> None:
