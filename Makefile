@@ -1,50 +1,64 @@
 # make demo   serve and load for ten seconds, and show both results
 # make test   lint, types and all tests
+# make quick  the same without the tests that have a long form: two thirds of the time
 # make bench  this server beside its rivals, in alternating rounds; writes docs/benchmarks.md
 # make chaos  the long forms of the tests: kills, stores that fail, hostile peers, fuzz, memory
-# make clean  forget the virtual environment
+# make clean  forget the virtual environments
+#
+# PYTHON=python3.13, or a path, takes another Python than python3, in an environment of its own.
 
 PYTHON ?= python3
-VENV := .venv
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
+$(if $(filter-out .venv,$(VENV)),$(if $(VERSION),$(info Python $(VERSION) in $(VENV))))
 BIN := $(VENV)/bin
+RUN := $(VENV)/run-$(VERSION).stamp
+DEV := $(VENV)/dev-$(VERSION).stamp
+BENCH := $(VENV)/bench-$(VERSION).stamp
 DURATION ?= 10s
 CHAOS ?= killing or durability or test_hostile or test_fuzz or test_proof
 
-.PHONY: demo test lint types bench chaos clean
+.PHONY: demo test quick lint types bench chaos clean
 
-demo: $(VENV)/run.stamp
+demo: $(RUN)
 	@BIN=$(BIN) DURATION=$(DURATION) sh ./demo.sh
 
 test: lint types
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/dev.stamp
+quick: lint types
+	$(BIN)/python -m pytest -k "not ($(CHAOS))"
+
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 
-types: $(VENV)/dev.stamp
+types: $(DEV)
 	$(BIN)/mypy
 
-bench: $(VENV)/bench.stamp
+bench: $(BENCH)
 	$(BIN)/python benchmarks/compare.py
 
-chaos: $(VENV)/dev.stamp
+chaos: $(DEV)
 	LONG=1 $(BIN)/python -m pytest -s -k "$(CHAOS)"
 
 clean:
-	rm -rf $(VENV)
+	rm -rf .venv .venv-3.*
 
-# A stamp is newer than the requirements it was installed from: a second run installs nothing.
-$(VENV)/run.stamp: requirements.txt
+# A stamp is newer than the requirements it was installed from: a second run installs nothing. It
+# names the version, so an environment of a python3 that has become another one is made anew.
+$(RUN): requirements.txt
+	$(if $(VERSION),,$(error $(PYTHON) cannot be run; name a Python that can, as in PYTHON=/usr/bin/python3.12))
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
+$(DEV): requirements-dev.txt $(RUN)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/bench.stamp: benchmarks/requirements.txt $(VENV)/run.stamp
+$(BENCH): benchmarks/requirements.txt $(RUN)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements.txt
 	@touch $@

@@ -1,7 +1,7 @@
 """python client.py: the load generator's command; from client import CounterClient: the library.
 
 Importing this module patches nothing and needs only the standard library, xxhash and protocol.py;
-what the command needs is imported when it runs.
+the command is counter/load/command.py's and is imported when it runs.
 
 The law of the library: no addition is ever sent twice. Once a frame may have reached the server,
 a failure is OutcomeUnknown, and the caller decides; before that it is ConnectError, and trying
@@ -19,7 +19,11 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final
+
+if __name__ == "__main__" and sys.flags.safe_path:
+    # python -P leaves out the folder of the program, whose own modules are no strangers'.
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 
 try:
     from protocol import (
@@ -36,12 +40,12 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"client.py: {error.name} is not installed; pip install -r requirements.txt")
+    hint = "is not installed; pip install -r requirements.txt"
+    sys.stderr.write(f"client.py: {error.name} {hint}\n")
+    sys.exit(2)
 
 if TYPE_CHECKING:
     import ssl
-
-    from counter.options.client import ClientSettings
 
 __all__ = [
     "AddressError",
@@ -52,16 +56,10 @@ __all__ = [
     "OutcomeUnknown",
 ]
 
-EXIT_CANNOT_CONNECT: Final = 1
-EXIT_USAGE: Final = 2
-EXIT_ERRORS: Final = 5
-EXIT_INTERRUPTED: Final = 130
-
 # Frames that add_many keeps unanswered. A quarter of what the server allows: enough to hide the
 # round trip, and a failure leaves so many outcomes unknown at most.
 WINDOW_FRAMES: Final = MAX_UNREAD_FRAMES // 4
 
-NO_ANSWER: Final = "closed the connection without an answer"
 IS_IT_ONE: Final = "is it a counter server, and does it speak TLS (--tlsCA)?"
 
 
@@ -339,98 +337,20 @@ def _explain_tls(error: OSError) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
-    from counter.tls.snapshot import CertificateError
+    from counter.load.command import Library, run
 
-    try:
-        return _run(arguments)
-    except CertificateError as error:
-        return _fail(str(error), EXIT_USAGE)
-    except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+    return run(arguments, Library(_add, ConnectError, OutcomeUnknown, explain, IS_IT_ONE))
 
 
-def _run(arguments: Sequence[str] | None) -> int:
-    from counter.options.client import ClientSettings
-    from counter.options.parser import read_settings
-    from counter.system.log import configure_log
-
-    settings = read_settings(ClientSettings, arguments)
-    configure_log(settings.log_level, settings.log_format)
-    if settings.read or settings.add is not None:
-        return _ask_once(settings, settings.add or 0)
-    return _load(settings)
-
-
-def _ask_once(settings: ClientSettings, amount: int) -> int:
-    try:
-        tls = _tls_context(settings)
-        with CounterClient(str(settings.server_address), settings.timeout_s, tls) as counter:
-            return _say(str(counter.add(amount)), sys.stdout, 0)
-    except ConnectError as error:
-        return _fail(str(error), EXIT_CANNOT_CONNECT)
-    except OutcomeUnknown as error:
-        return _fail(str(error), EXIT_ERRORS)
-
-
-def _tls_context(settings: ClientSettings) -> ssl.SSLContext | None:
-    """The context that the settings ask for, None for a plain connection; CertificateError."""
-    if not settings.wants_tls():
-        return None
-    from counter.tls.contexts import client_context
-
-    return client_context(settings)
-
-
-def _load(settings: ClientSettings) -> int:
-    from counter.load.run import LoadProcessDied, run_load
-    from counter.report import files as outputs
-    from counter.report import report
-    from counter.report.progress import ProgressBar
-    from counter.report.thresholds import hold
-    from counter.system.limits import available_cpus, raise_descriptor_limit
-
-    try:
-        outputs.check(settings)
-    except outputs.OutputError as error:
-        return _fail(str(error), EXIT_USAGE)
-    _tls_context(settings)  # a file that cannot be used is found before anything is started
-    raise_descriptor_limit()
-    address, cpus = settings.server_address, available_cpus()
-    patience = f"up to {settings.timeout_s:g} s for the replies in flight"
-    waiting = f"interrupted; waiting {patience}, Ctrl-C again to stop waiting"
-    try:
-        with ProgressBar(settings, sys.stderr) as bar:
-            result = run_load(settings, cpus, bar.update, lambda: bar.end(waiting))
-    except EOFError:
-        where = format_address(address.host, address.port)
-        return _fail(f"{where} {NO_ANSWER}; {IS_IT_ONE}", EXIT_CANNOT_CONNECT)
-    except (OSError, UnicodeError) as error:
-        return _fail(explain(error, address.host, address.port), EXIT_CANNOT_CONNECT)
-    except LoadProcessDied as error:
-        return _fail(str(error), EXIT_CANNOT_CONNECT)
-    outcomes = hold(result, settings.threshold)
-    code = report.exit_code(result, outcomes)
-    return outputs.write(result, settings, outcomes, cpus, code)
-
-
-def _say(text: str, stream: TextIO, code: int) -> int:
-    """Writes a result; gives back `code`, or EXIT_ERRORS where nobody could read it."""
-    try:
-        print(text, file=stream, flush=True)
-    except OSError as error:
-        # Otherwise the interpreter tries once more at its end, and prints a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return _fail(f"cannot write the result: {error.strerror}; it was: {text}", EXIT_ERRORS)
-    return code
-
-
-def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"client.py: {message}\n")
-    return code
+def _add(address: str, timeout_s: float, tls: ssl.SSLContext | None, amount: int) -> int:
+    with CounterClient(address, timeout_s, tls) as counter:
+        return counter.add(amount)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except ModuleNotFoundError as error:
-        sys.exit(f"client.py: {error.name} is not installed; pip install -r requirements.txt")
+        hint = "is not installed; pip install -r requirements.txt"
+        sys.stderr.write(f"client.py: {error.name} {hint}\n")
+        sys.exit(2)

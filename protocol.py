@@ -36,6 +36,10 @@ TOTAL_MASK: Final = 2**64 - 1  # totals are arithmetic modulo 2^64: total & TOTA
 # wait for a server that waits for it.
 MAX_UNREAD_FRAMES: Final = 4096
 
+# From so many frames in a read on NumPy is the faster way: at 96 frames of amount 1 both ways take
+# 12 us, at 1,024 NumPy takes 20 us and the plain one 110 us.
+DEEP_FRAMES: Final = 96
+
 # Amounts below this are verified by looking their frame up (40 ns), the rest by hashing (250 ns).
 # An entry costs 150 bytes in every serving process.
 TABLE_SIZE: Final = 4096

@@ -7,13 +7,21 @@ counter/processes'.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+if __name__ == "__main__" and sys.flags.safe_path:
+    # python -P leaves out the folder of the program, whose own modules are no strangers'.
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 
 try:
     from counter.admin.dump import dump
@@ -22,14 +30,15 @@ try:
     from counter.options.server import ServerSettings
     from counter.processes.child import Child
     from counter.processes.master import CannotBoot, Master
-    from counter.processes.signals import STOP_SIGNALS, Stopped, stop_on_signals
+    from counter.processes.orders import Order, Orders
+    from counter.processes.signals import STOP_SIGNALS, Stopped, name_of, stop_on_signals
     from counter.processes.slots import REQUESTS, Slots
     from counter.serving.process import ServingProcess
     from counter.system.exits import EXIT_CANNOT_BOOT, EXIT_CANNOT_START
     from counter.system.limits import available_cpus, raise_descriptor_limit, split_evenly
     from counter.system.log import configure_log
-    from counter.system.sockets import listen
-    from counter.system.streams import write_result
+    from counter.system.sockets import VANISHED_S, listen, longest_backlog
+    from counter.system.streams import prepare_streams, write_result
     from counter.system.systemd import notify, notify_reloading
     from counter.tls.certificates import Certificates, check_aside, check_here
     from counter.tls.snapshot import CertificateError, Snapshot
@@ -39,7 +48,10 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"server.py: {error.name} is not installed; pip install -r requirements.txt")
+    sys.stderr.write(f"server.py: {error.name} is not installed; pip install -r requirements.txt\n")
+    from counter.system.exits import EXIT_USAGE
+
+    sys.exit(EXIT_USAGE)
 
 if TYPE_CHECKING:
     from counter.admin.http import Admin
@@ -48,6 +60,9 @@ ADMIN_BACKLOG: Final = 128
 
 # Descriptors besides the workers' own: the process's, and sockets that linger.
 SPARE_DESCRIPTORS: Final = 64
+
+# So much later than --writeTimeout the kernel gives a peer up that does not read.
+UNREAD_GRACE_S: Final = 15.0
 
 _log = logging.getLogger("server")
 
@@ -89,9 +104,17 @@ class Shared:
         store = str(self.settings.store)
         if not found.is_new:
             store += f", total: {found.total:,}"
-        say(f"Listening on {where} with {self.workers} workers in {count} (store: {store})")
+        say(
+            self.settings,
+            f"Listening on {where} with {self.workers} workers in {count} (store: {store})",
+            address=where,
+            workers=self.workers,
+            processes=len(self.slots),
+            store=str(self.settings.store),
+            total=str(found.total),
+        )
 
-    def reload_certificates(self, check: Callable[[Snapshot], None]) -> bool:
+    def reload_certificates(self, check: Callable[[Snapshot], str]) -> bool:
         """Publishes the certificate files as they are now, after SIGHUP; true if all shall take
         them. Files that cannot be used leave everything as it is.
         """
@@ -112,7 +135,7 @@ class ServingChild(Child):
         self._index = index
         self._workers = workers
 
-    def live(self, ready: Callable[[], None]) -> int:
+    def live(self, orders: Orders, ready: Callable[[], None]) -> int:
         shared = self._shared
         if shared.admin:
             shared.admin.close()  # it is the admin process's
@@ -124,6 +147,7 @@ class ServingChild(Child):
             self._workers,
             self._index,
             shared.certificates,
+            orders,
         ).run(ready)
         return 0
 
@@ -141,12 +165,12 @@ class AdminChild(Child):
         self._shared = shared
         self._listener = listener
 
-    def live(self, ready: Callable[[], None]) -> int:
+    def live(self, orders: Orders, ready: Callable[[], None]) -> int:
         # Whoever holds it keeps the port open.
         self._shared.listener.close()
         from counter.admin.process import serve_admin
 
-        serve_admin(self._listener, self._shared.status(), ready)
+        serve_admin(self._listener, self._shared.status(), orders, ready)
         return 0
 
 
@@ -187,8 +211,6 @@ class Supervised:
 class Unsupervised(ServingProcess):
     """The server that serves in this very process, and is its own master."""
 
-    stop_signals = STOP_SIGNALS
-
     def __init__(self, shared: Shared) -> None:
         super().__init__(
             shared.settings,
@@ -200,6 +222,7 @@ class Unsupervised(ServingProcess):
         )
         self._shared = shared
         self._admin: Admin | None = None
+        self._is_stopping = False
 
     def serve(self) -> None:
         """Serves until a signal ends it, and drains."""
@@ -209,6 +232,23 @@ class Unsupervised(ServingProcess):
     def _announce(self) -> None:
         self._shared.announce()
         notify("READY=1")
+
+    def listen_to_orders(self) -> list[Any]:
+        """Signals are its orders."""
+        return [
+            *(_SignalWatch(number, partial(self._on_stop, number)) for number in STOP_SIGNALS),
+            _SignalWatch(signal.SIGHUP, lambda: self.obey(Order.RELOAD)),
+            _SignalWatch(signal.SIGUSR1, lambda: self.obey(Order.DUMP)),
+        ]
+
+    def _on_stop(self, number: int) -> None:
+        limit = f"{self.settings.drain_timeout_s:g} s"
+        if self._is_stopping:
+            _log.info("%s: what is left is cut", name_of(number))
+        else:
+            _log.info("%s: draining; what is not done in %s is cut", name_of(number), limit)
+        self.obey(Order.CUT if self._is_stopping else Order.DRAIN)
+        self._is_stopping = True
 
     def on_start(self) -> None:
         if self._shared.admin:
@@ -234,6 +274,18 @@ class Unsupervised(ServingProcess):
         super().on_dump()
 
 
+class _SignalWatch:
+    """Calls a function in a greenlet with each signal of a number, until it is closed."""
+
+    def __init__(self, number: int, on_signal: Callable[[], None]) -> None:
+        import gevent
+
+        self._handler = gevent.signal_handler(number, on_signal)
+
+    def close(self) -> None:
+        self._handler.cancel()
+
+
 def serve(settings: ServerSettings) -> int:
     """Serves as the settings say until SIGTERM or SIGINT; gives back the exit code."""
     cpus = available_cpus()
@@ -245,7 +297,7 @@ def serve(settings: ServerSettings) -> int:
             settings=settings,
             workers=workers,
             slots=Slots(max(1, processes)),
-            listener=listen(settings.host, settings.port, settings.backlog),
+            listener=listen_for_peers(settings),
             admin=listen_admin(settings),
             certificates=make_certificates(settings),
             keeper=make_keeper(settings, processes),
@@ -253,7 +305,9 @@ def serve(settings: ServerSettings) -> int:
     except (OSError, StoreError, CertificateError) as error:
         return fail(str(error), EXIT_CANNOT_START)
     found = shared.keeper.found
-    _log.info("CPUs to use: %g; an answered addition survives %s", cpus, found.survives)
+    keeps_nothing = settings.store.kind != "memory" and found.survives.startswith("nothing")
+    level = logging.WARNING if keeps_nothing else logging.INFO
+    _log.log(level, "CPUs to use: %g; an answered addition survives %s", cpus, found.survives)
     for warning in found.warnings:
         _log.warning("store %s: %s", settings.store, warning)
     if shared.admin:
@@ -266,9 +320,26 @@ def serve(settings: ServerSettings) -> int:
             return fail(str(error), EXIT_CANNOT_BOOT)
     else:
         Unsupervised(shared).serve()
-    say(f"Counter value: {shared.keeper.last_total(shared.slots):,}")
-    say(f"Server stopped after processing total requests: {shared.slots.sum(REQUESTS):,}")
+    total, requests = shared.keeper.last_total(shared.slots), shared.slots.sum(REQUESTS)
+    say(settings, f"Counter value: {total:,}", total=str(total))
+    stopped = f"Server stopped after processing total requests: {requests:,}"
+    say(settings, stopped, requests=requests)
     return 0
+
+
+def listen_for_peers(settings: ServerSettings) -> socket.socket:
+    """The listening socket of the counter; OSError."""
+    longest = longest_backlog()
+    if longest is not None and longest < settings.backlog:
+        _log.warning(
+            "the kernel cuts --backlog %d to %d (sysctl net.core.somaxconn)",
+            settings.backlog,
+            longest,
+        )
+    # A peer whose window stays shut is --writeTimeout's to judge, which says so.
+    vanished_s = max(VANISHED_S, settings.write_timeout_s + UNREAD_GRACE_S)
+    host, port = settings.host, settings.port
+    return listen(host, port, settings.backlog, format_address(host, port), vanished_s=vanished_s)
 
 
 def listen_admin(settings: ServerSettings) -> socket.socket | None:
@@ -276,8 +347,8 @@ def listen_admin(settings: ServerSettings) -> socket.socket | None:
     if settings.admin_port is None:
         return None
     try:
-        flags = "--adminHost", "--adminPort"
-        return listen(settings.admin_host, settings.admin_port, ADMIN_BACKLOG, flags)
+        host, port, flags = settings.admin_host, settings.admin_port, ("--adminHost", "--adminPort")
+        return listen(host, port, ADMIN_BACKLOG, format_address(host, port), flags)
     except OSError as error:
         raise OSError(f"admin port: {error}") from None
 
@@ -287,25 +358,33 @@ def make_certificates(settings: ServerSettings) -> Certificates | None:
     if not settings.tls_cert or not settings.tls_key:
         return None
     certificates = Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-    certificates.load(check_aside)
+    if warning := certificates.load(check_aside):
+        _log.warning(warning)
     return certificates
 
 
-def _reload(certificates: Certificates | None, check: Callable[[Snapshot], None]) -> bool:
+def _reload(certificates: Certificates | None, check: Callable[[Snapshot], str]) -> bool:
     if certificates is None:
         _log.warning("SIGHUP: there is nothing to load again, TLS is off (--tlsCert)")
         return False
     try:
-        certificates.load(check)
+        warning = certificates.load(check)
     except (CertificateError, OSError) as error:
         _log.error("SIGHUP: the certificates are kept as they were: %s", error)
         return False
     _log.info("SIGHUP: the certificates were loaded again")
+    if warning:
+        _log.warning(warning)
     return True
 
 
-def say(line: str) -> None:
-    """Writes one line of the result to standard output at once, also into a pipe."""
+def say(settings: ServerSettings, line: str, **fields: str | int) -> None:
+    """Writes one line of the result to standard output at once, also into a pipe.
+
+    As JSON where the log is, with what it tells in fields; totals are text, as numbers end at 2^53.
+    """
+    if settings.log_format == "json":
+        line = json.dumps({"message": line, **fields}, ensure_ascii=False)
     try:
         write_result(f"{line}\n")
     except OSError as error:
@@ -320,6 +399,7 @@ def fail(message: str, code: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
+    prepare_streams()
     settings = read_settings(ServerSettings, arguments)
     configure_log(settings.log_level, settings.log_format)
     stop_on_signals()

@@ -55,7 +55,7 @@ def measure(counter: Counter, frames: int) -> tuple[float, float]:
     size = SMALL_READ if len(request) < SMALL_READ else LARGE_READ
     for ours, _ in pairs:
         ours.setblocking(False)
-    callbacks = [Connection(server, ours).on_readable for ours, _ in pairs]  # type: ignore[arg-type]
+    callbacks = [Connection(server, ours).on_readable for ours, _ in pairs]
 
     def send() -> None:
         for _, theirs in pairs:

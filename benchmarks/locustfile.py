@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from locust import User, constant, task
@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from client import CounterClient, CounterError
 
 MANY = 16
+
+T = TypeVar("T")
 
 
 class TimedCounter:
@@ -57,7 +59,7 @@ class TimedCounter:
         """Closes the connection."""
         self._counter.close()
 
-    def _timed(self, name: str, call: Callable[[], Any], size: int) -> Any:
+    def _timed(self, name: str, call: Callable[[], T], size: int) -> T | None:
         answer, failure = None, None
         start_s = time.perf_counter()
         try:

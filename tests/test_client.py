@@ -25,6 +25,7 @@ from kit.harness import (
     children,
     cpu_seconds,
     is_alive,
+    read_terminal_until,
     receive_exactly,
     run_in_terminal,
     wait_until,
@@ -154,10 +155,12 @@ def test_a_server_that_dies_in_mid_run_is_errors_and_a_report() -> None:
 def test_a_server_that_comes_back_is_connected_to_again() -> None:
     with ServerCommand() as server:
         port = server.address.rpartition(":")[2]
-        with client(server.address, "--duration", "3s", "--warmup", "0") as command:
+        with client(server.address, "--duration", "1m", "--warmup", "0") as command:
             wait_for_load(server)
             server.stop()
             with ServerCommand(port=port) as second:
+                wait_for_load(second)
+                command.signal(signal.SIGINT)
                 assert command.finish() == 4, "the new server's total is below the old one's"
                 assert "; was the server restarted?" in command.output()
                 _, requests = second.stop()
@@ -235,19 +238,24 @@ def test_a_stall_at_the_end_of_a_run_counts_in_its_rate(tmp_path: Path) -> None:
         assert result["measured"] <= 102
 
 
-def test_the_closing_read_is_not_among_the_latencies(tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
+def counting_to(last: int, stalls_at: int, stall_s: float) -> Callable[[socket.socket], None]:
+    """A script that answers with 0 up to a last total, and takes its time for one of the frames."""
     answered = itertools.count()
 
     def script(sock: socket.socket) -> None:
         while True:
             receive_exactly(sock, 16)
             number = next(answered)
-            if number == 21:
-                threading.Event().wait(0.6)
-            sock.sendall(encode_total(min(number, 20)))
+            if number == stalls_at:
+                threading.Event().wait(stall_s)
+            sock.sendall(encode_total(min(number, last)))
 
-    with ScriptedServer(script) as server:
+    return script
+
+
+def test_the_closing_read_is_not_among_the_latencies(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    with ScriptedServer(counting_to(20, stalls_at=21, stall_s=0.6)) as server:
         arguments = ("--connections", "1", "--requests", "20", "--warmup", "0")
         code, shown = run_client(server.address, *arguments, "--json", str(file))
         assert code == 0, shown
@@ -264,6 +272,48 @@ def test_a_load_process_that_is_killed_makes_the_check_undecided() -> None:
             assert command.finish() == 5
             shown = command.output()
             assert "check     not checked: a load process died" in shown
+
+
+def test_a_load_process_that_dies_before_the_load_is_exit_5() -> None:
+    asked = threading.Event()
+
+    def script(sock: socket.socket) -> None:
+        receive_exactly(sock, 16)
+        asked.set()
+        sock.recv(1)
+
+    with ScriptedServer(script) as server, client(server.address, *SHORT) as command:
+        assert asked.wait(20)
+        os.kill(children(command.process.pid)[0], signal.SIGKILL)
+        assert command.finish() == 5
+        assert command.errors() == "client.py: a load process died before the load began\n"
+
+
+NO_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+NO_FORKS = """
+import errno, os
+def fork(): raise OSError(errno.EAGAIN, "no process left")
+os.fork = fork
+"""
+
+
+@pytest.mark.parametrize(
+    ("lack", "why"),
+    [
+        (NO_FILES, "--verify cannot record: No usable temporary directory found"),
+        (NO_FORKS, "cannot fork: no process left; raise the limit (ulimit -u)"),
+    ],
+)
+def test_a_run_that_this_machine_has_no_room_for_is_exit_2_with_the_remedy(
+    lack: str, why: str
+) -> None:
+    code = f"{lack}\nimport client, sys\nsys.exit(client.main(['--verify']))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.startswith(f"client.py: {why}")
+    assert ran.stderr.count("\n") == 1
 
 
 def test_a_server_that_never_answers_is_reported_after_the_timeout() -> None:
@@ -426,18 +476,7 @@ def test_an_open_loop_keeps_its_rate_and_shows_both_latencies(tmp_path: Path) ->
 def test_an_open_loop_counts_the_wait_for_a_server_that_stalls(tmp_path: Path) -> None:
     """The requests that fall due during a stall of 0.4 s have waited for up to 0.4 s."""
     file = tmp_path / "result.json"
-
-    answered = itertools.count()
-
-    def script(sock: socket.socket) -> None:
-        while True:
-            receive_exactly(sock, 16)
-            number = next(answered)
-            if number == 50:
-                threading.Event().wait(0.4)
-            sock.sendall(encode_total(min(number, 200)))
-
-    with ScriptedServer(script) as server:
+    with ScriptedServer(counting_to(200, stalls_at=50, stall_s=0.4)) as server:
         arguments = ("--connections", "1", "--rate", "500", "--requests", "200", "--warmup", "0")
         code, shown = run_client(server.address, *arguments, "--json", str(file))
         assert code == 0, shown
@@ -448,21 +487,13 @@ def test_an_open_loop_counts_the_wait_for_a_server_that_stalls(tmp_path: Path) -
 
 def test_ctrl_c_in_a_terminal_is_one_signal_and_still_reports() -> None:
     with ServerCommand() as server:
-        process, terminal = run_in_terminal(
-            *("client.py", "--serverAddress", server.address, "--duration", "1h", "--warmup", "0")
-        )
-        try:
+        arguments = ("--serverAddress", server.address, "--duration", "1h", "--warmup", "0")
+        with run_in_terminal("client.py", *arguments) as (process, terminal):
             wait_for_load(server)
             os.write(terminal, b"\x03")
-            shown = b""
-            while b"ok: the total grew by exactly" not in shown:
-                shown += os.read(terminal, 4096)
-            assert b"Interrupted after" in shown
+            shown = read_terminal_until(terminal, "ok: the total grew by exactly")
+            assert "Interrupted after" in shown
             assert process.wait(20) == 130
-        finally:
-            process.kill()
-            process.wait()
-            os.close(terminal)
 
 
 def test_a_peer_that_accepts_and_closes_is_reported_and_breaks_nothing() -> None:

@@ -16,7 +16,8 @@ import pytest
 
 from counter.options.client import ClientSettings
 from counter.options.server import ServerSettings
-from kit.certificates import kit
+from counter.system.version import VERSION
+from kit.certificates import Pair, TlsPeer, kit, trusting
 from kit.harness import ROOT, Command, ServerCommand
 from kit.redis_server import RedisServer
 
@@ -27,7 +28,8 @@ ELSEWHERE = {
     "make": ".ci/run calls make test; the others are run by hand before a release",
     "docker": "needs a container engine; tests/test_deploy.py runs the image's files",
     "kubectl": "needs a cluster; tests/test_deploy.py checks the manifests",
-    "pip": "make installs the same files",
+    "pip install -r": "make installs the same files",
+    "pip install .": "tests/test_install.py",
     "cp": "writes where units of the system are",
     "systemctl": "needs systemd; tests/test_deploy.py checks the unit",
     "python benchmarks/compare.py": "make bench",
@@ -76,13 +78,14 @@ ALL = commands()
 SERVERS = [c for c in ALL if words(c)[1][:2] == ["python", "server.py"]]
 CLIENTS = [c for c in ALL if words(c)[1][:2] == ["python", "client.py"]]
 SQLITE = [c for c in ALL if words(c)[1][:1] == ["sqlite3"]]
+OPENSSL = [c for c in ALL if words(c)[1][:1] == ["openssl"]]
 BASH = [c for c in ALL if words(c)[1][:1] == ["bash"]]
 
 
 def test_every_command_of_the_documents_is_run_here_or_said_to_be_run_elsewhere() -> None:
     assert len(SERVERS) > 5
     assert len(CLIENTS) > 3
-    for command in set(ALL) - {*SERVERS, *CLIENTS, *SQLITE, *BASH}:
+    for command in set(ALL) - {*SERVERS, *CLIENTS, *SQLITE, *OPENSSL, *BASH}:
         assert any(command.startswith(known) for known in ELSEWHERE), command
 
 
@@ -108,7 +111,7 @@ def test_a_server_command_of_the_documents_serves(command: str, tmp_path: Path) 
     files = {
         "server.pem": kit().server.cert,
         "server.key": kit().server.key,
-        "clients.pem": kit().ca.cert,
+        "ca.pem": kit().ca.cert,
     }
     arguments = [str(files.get(word, word)) for word in arguments]
     arguments = [word.replace("sqlite:", f"sqlite:{tmp_path}/") for word in arguments]
@@ -166,6 +169,22 @@ def test_an_sqlite_command_of_the_documents_reads_the_total(command: str, tmp_pa
         server.stop()
 
 
+def test_the_certificates_of_the_documents_are_good_for_mutual_tls(tmp_path: Path) -> None:
+    assert len(OPENSSL) == 3
+    for command in OPENSSL:  # in alphabetical order the authority is the first, as it has to be
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    server_pair, client_pair = (
+        Pair(tmp_path / f"{name}.pem", tmp_path / f"{name}.key") for name in ("server", "me")
+    )
+    ca = tmp_path / "ca.pem"
+    with ServerCommand(*server_pair.server_flags(), "--tlsClientCA", str(ca)) as server:
+        address = server.address.replace("127.0.0.1", "localhost")
+        with TlsPeer(address, trusting(ca, client_pair)) as peer:
+            assert peer.add(5) == 5
+        server.stop()
+
+
 def test_a_shell_without_any_client_can_add() -> None:
     """docs/protocol.md's lines, in their order."""
     (block,) = [block for block in blocks() if "/dev/tcp/" in block]
@@ -197,6 +216,11 @@ def test_the_examples_in_the_help_are_ones_that_the_program_takes(program: str) 
             text=True,
         )
         assert done.returncode == 0, (command, done.stderr)
+
+
+def test_the_newest_version_of_the_changelog_is_that_of_the_program() -> None:
+    newest, *_ = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert re.fullmatch(re.escape(VERSION) + r" - \d{4}-\d\d-\d\d", newest)
 
 
 def test_readme_names_every_option() -> None:

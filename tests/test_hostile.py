@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 
 from client import ConnectError, CounterClient, OutcomeUnknown
-from kit.harness import ROOT, Command, Peer, ServerCommand, children, wait_until
+from kit.harness import ROOT, Command, Peer, ScriptedServer, ServerCommand, children, wait_until
 from kit.hostile import WAYS, memory_kb, nuisances
 from protocol import encode_frame, parse_address
 
@@ -237,7 +237,7 @@ def test_the_load_generator_measures_by_a_clock_that_does_not_jump(
 # A network that delays, splits, stalls and cuts.
 
 
-class FaultProxy:
+class FaultProxy(ScriptedServer):
     """Stands between client and server, does what a bad network does, and keeps the books.
 
     `forwarded` has what went to the server on each connection, all of which the server reads: that
@@ -245,31 +245,23 @@ class FaultProxy:
     """
 
     def __init__(self, server: str, seed: int) -> None:
+        super().__init__(self._relay)
         self._server = parse_address(server)
         self._random = random.Random(seed)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._choosing = threading.Lock()
         self.forwarded: list[bytearray] = []
         self.faults: dict[str, int] = {}
         self._pause = threading.Event()  # never set: a wait that lasts its time
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
+    def _choose(self) -> tuple[str, random.Random]:
+        """What becomes of a connection."""
+        with self._choosing:
             fault = self._random.choice(["none", "split", "delay", "stall", "cut", "reset"])
             self.faults[fault] = self.faults.get(fault, 0) + 1
-            seed = self._random.random()
-            thread = threading.Thread(target=self._play, args=(client, fault, seed))
-            self._threads.append(thread)
-            thread.start()
+            return fault, random.Random(self._random.random())
 
-    def _play(self, client: socket.socket, fault: str, seed: float) -> None:
-        pick = random.Random(seed)
+    def _relay(self, client: socket.socket) -> None:
+        fault, pick = self._choose()
         books = bytearray()
         self.forwarded.append(books)
         server = socket.create_connection(self._server, 20)
@@ -326,30 +318,22 @@ class FaultProxy:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.shutdown(socket.SHUT_RDWR)
 
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in self._threads:
-            thread.join(30)
-            assert not thread.is_alive()
-
 
 @pytest.mark.timeout(300)
 def test_behind_a_network_that_delays_splits_stalls_and_cuts_the_books_agree() -> None:
     threads, seconds = (40, 60.0) if LONG else (12, 4.0)
     books = [Books() for _ in range(threads)]
     with ServerCommand("--processes", "2", workers=200) as server:
-        proxy = FaultProxy(server.address, seed=7)
-        stop_at = time.monotonic() + seconds
-        adders = [
-            threading.Thread(target=one.keep, args=(proxy.address, seed, stop_at))
-            for seed, one in enumerate(books)
-        ]
-        for adder in adders:
-            adder.start()
-        for adder in adders:
-            adder.join()
-        proxy.close()
+        with FaultProxy(server.address, seed=7) as proxy:
+            stop_at = time.monotonic() + seconds
+            adders = [
+                threading.Thread(target=one.keep, args=(proxy.address, seed, stop_at))
+                for seed, one in enumerate(books)
+            ]
+            for adder in adders:
+                adder.start()
+            for adder in adders:
+                adder.join()
         total, requests = server.stop()
     counted = [amount for stream in proxy.forwarded for amount in amounts_in(bytes(stream))]
     assert total == sum(counted)

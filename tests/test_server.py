@@ -26,6 +26,7 @@ from kit.harness import (
     ServerCommand,
     cpu_seconds,
     peers,
+    read_terminal_until,
     run_in_terminal,
     wait_until,
 )
@@ -306,8 +307,7 @@ def test_what_does_not_end_is_cut_after_the_drain_timeout() -> None:
 
 
 def test_ctrl_c_in_a_terminal_stops_the_server_in_order() -> None:
-    process, terminal = run_in_terminal("server.py", "--port", "0")
-    try:
+    with run_in_terminal("server.py", "--port", "0") as (process, terminal):
         shown = read_terminal_until(terminal, "(store: memory)")
         address = re.search(r"Listening on (\S+)", shown)
         assert address
@@ -319,10 +319,6 @@ def test_ctrl_c_in_a_terminal_stops_the_server_in_order() -> None:
         assert "Counter value: 5" in shown
         assert "Traceback" not in shown
         assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(terminal)
 
 
 def test_a_port_that_is_taken_is_one_line_and_exit_1() -> None:
@@ -452,10 +448,3 @@ def can_connect(address: str) -> bool:
 def memory_mb(pid: int) -> float:
     with open(f"/proc/{pid}/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def read_terminal_until(terminal: int, text: str) -> str:
-    shown = ""
-    while text not in shown:
-        shown += os.read(terminal, 4096).decode()
-    return shown

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import gevent
 from gevent import monkey
 from gevent.event import Event
 
 from counter.admin.status import Status
-from counter.processes.signals import CUT_SIGNAL
+from counter.processes.orders import Order, Orders
 from counter.processes.slots import PID
+from counter.system.libev import READ
 
 # It ends when the serving processes have; it looks so often.
 LOOK_S: Final = 0.02
 
 
-def serve_admin(listener: socket.socket, status: Status, ready: Callable[[], None]) -> None:
+def serve_admin(
+    listener: socket.socket, status: Status, orders: Orders, ready: Callable[[], None]
+) -> None:
     """Serves the admin port in this process; `ready` is called once it answers."""
     monkey.patch_all()
     from counter.admin.http import Admin
 
     stop, cut = Event(), Event()
-    handlers = [
-        gevent.signal_handler(signal.SIGTERM, stop.set),
-        gevent.signal_handler(CUT_SIGNAL, cut.set),
-    ]
+
+    def obey() -> None:
+        for order in orders.take():
+            if order in (Order.DRAIN, Order.CUT):
+                stop.set()
+            if order is Order.CUT:
+                cut.set()
+
+    listening: Any = gevent.get_hub().loop.io(orders.fileno(), READ)
+    listening.start(obey)
     admin = Admin(listener, status)
     admin.start()
     ready()
@@ -37,5 +45,4 @@ def serve_admin(listener: socket.socket, status: Status, ready: Callable[[], Non
     while any(status.slots.cells(PID)) and not cut.wait(LOOK_S):
         pass
     admin.stop()
-    for handler in handlers:
-        handler.cancel()
+    listening.close()

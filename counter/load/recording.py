@@ -4,10 +4,10 @@ The law: recording is nothing but appending. Replies are kept as they came, amou
 differ, times once for a burst that was sent and answered together; NumPy spreads them out when the
 run is over. So an addition costs 40 bytes with one frame in flight, 8 to 16 with many.
 
-The parent makes a Record for each process before it forks; the process writes it, to files without
-a name in TMPDIR, and the parent reads it, so that nothing has to pass a pipe. What a killed process
-had not written is missing, and its files may end at different places: read is what all of them
-have. A disk that is full ends the recording and not the run; the count tells.
+The parent makes a Recording for each process before it forks; the process writes it, to files
+without a name in TMPDIR, and the parent reads it, so that nothing has to pass a pipe. What a killed
+process had not written is missing, and its files may end at different places: read is what all of
+them have. A disk that is full ends the recording and not the run; the count tells.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import struct
 import tempfile
 from array import array
 from collections.abc import Sequence
+from time import monotonic_ns as clock
 from typing import TYPE_CHECKING, Any, Final
 
-from counter.load.process import LoadConnection, LoadProcess, clock
-from counter.proof.verify import History
+from counter.load.connection import Generator, LoadConnection
+from counter.proof.history import History
 from protocol import Batch
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-    Words = NDArray[np.uint64]
+    from counter.proof.history import Words
 
 # Written together: a write of 1 MiB takes 0.3 ms on an idle machine, and of 20,000 requests one
 # waits for it.
@@ -69,7 +69,7 @@ class _Tape:
         self._file.close()
 
 
-class Record:
+class Recording:
     """The additions of one process: written in it, read by its parent.
 
     `amount` is that of every addition, or None where they differ.
@@ -80,10 +80,10 @@ class Record:
         self.connections = 0
         self.bursts, self.totals, self.amounts, self.lost = (_Tape() for _ in range(4))
 
-    def connection(self, process: LoadProcess) -> RecordedConnection:
+    def connection(self, generator: Generator) -> RecordedConnection:
         """A connection whose additions are recorded here."""
         self.connections += 1
-        return RecordedConnection(process, self, self.connections)
+        return RecordedConnection(generator, self, self.connections)
 
     def answered(
         self, number: int, sent_ns: int, now: int, count: int, replies: bytes, batch: Batch | None
@@ -115,55 +115,52 @@ class Record:
 class RecordedConnection(LoadConnection):
     """A LoadConnection that records what it does; a run without a proof has none of it."""
 
-    __slots__ = ("number", "record")
+    __slots__ = ("_number", "_recording")
 
-    def __init__(self, process: LoadProcess, record: Record, number: int) -> None:
-        super().__init__(process)
-        self.record = record
-        self.number = number
+    def __init__(self, generator: Generator, recording: Recording, number: int) -> None:
+        super().__init__(generator)
+        self._recording = recording
+        self._number = number
+        self._answered_lone = self._record_lone
 
-    def on_readable(self) -> None:
-        """As it was, and records the reply of a lone frame, which settle() does not see.
+    def _record_lone(self, due_ns: int, sent_ns: int, now: int, count: int) -> None:
+        """Measures the reply to a lone frame, which settle() does not see, and records it.
 
         Its time is taken once more, behind the one that is measured: a moment later, which a proof
         allows, where one too early would not be allowed.
         """
-        in_flight, process = self.in_flight, self.process
-        sent_ns = in_flight[0][1] if in_flight else 0
-        lone_answers = process.lone_answers
-        LoadConnection.on_readable(self)
-        if process.lone_answers != lone_answers:
-            total = _TOTAL.pack(self.last_total)
-            self.record.answered(self.number, sent_ns, clock(), 1, total, None)
+        self._meter.measure(due_ns, sent_ns, now, count)
+        total = _TOTAL.pack(self._last_total)
+        self._recording.answered(self._number, sent_ns, clock(), count, total, None)
 
     def settle(self, due_ns: int, sent_ns: int, now: int, batch: Batch, replies: bytes) -> None:
         LoadConnection.settle(self, due_ns, sent_ns, now, batch, replies)
-        mixed = batch if self.record.amount is None else None
-        self.record.answered(self.number, sent_ns, now, len(batch), replies, mixed)
+        mixed = batch if self._recording.amount is None else None
+        self._recording.answered(self._number, sent_ns, now, len(batch), replies, mixed)
 
     def close(self) -> None:
-        for _, sent_ns, batch in self.in_flight:
-            self.record.unanswered(sent_ns, batch)
+        for _, sent_ns, batch in self._in_flight:
+            self._recording.unanswered(sent_ns, batch)
         LoadConnection.close(self)
 
 
-def history(records: Sequence[Record], before: int | None, after: int | None) -> History:
+def history(recordings: Sequence[Recording], before: int | None, after: int | None) -> History:
     """One history of what all processes recorded."""
     import numpy as np
 
-    bursts = [_whole_bursts(record) for record in records]
+    bursts = [_whole_bursts(recording) for recording in recordings]
     counts = [int(part[:, 3].sum()) for part in bursts]
     sent, answered, amount, total = (np.empty(sum(counts), np.uint64) for _ in range(4))
     at = 0
-    for record, part, count in zip(records, bursts, counts, strict=True):
+    for recording, part, count in zip(recordings, bursts, counts, strict=True):
         here = slice(at, at + count)
         each = part[:, 3].astype(np.int64)
         sent[here], answered[here] = np.repeat(part[:, 0], each), np.repeat(part[:, 1], each)
-        total[here] = record.totals.read(">u8")[:count]
-        uniform = record.amount
-        amount[here] = record.amounts.read("=u8")[:count] if uniform is None else uniform
+        total[here] = recording.totals.read(">u8")[:count]
+        uniform = recording.amount
+        amount[here] = recording.amounts.read("=u8")[:count] if uniform is None else uniform
         at += count
-    lost = np.concatenate([record.lost.read("=u8") for record in records])
+    lost = np.concatenate([recording.lost.read("=u8") for recording in recordings])
 
     def name(index: int) -> str:
         process = 0
@@ -177,12 +174,12 @@ def history(records: Sequence[Record], before: int | None, after: int | None) ->
     return History(sent, answered, amount, total, lost[::2], lost[1::2], before, after, name)
 
 
-def _whole_bursts(record: Record) -> Words:
+def _whole_bursts(recording: Recording) -> Words:
     """The bursts whose totals and amounts were written too, one a row."""
-    words = record.bursts.read("=u8")
+    words = recording.bursts.read("=u8")
     bursts = words[: len(words) // 4 * 4].reshape(-1, 4)
-    written = len(record.totals.read(">u8"))
-    if record.amount is None:
-        written = min(written, len(record.amounts.read("=u8")))
+    written = len(recording.totals.read(">u8"))
+    if recording.amount is None:
+        written = min(written, len(recording.amounts.read("=u8")))
     whole: Words = bursts[bursts[:, 3].cumsum() <= written]
     return whole

@@ -10,31 +10,32 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection as PipeEnd
 from multiprocessing.connection import Pipe, wait
 from tempfile import gettempdir
 from types import FrameType
 from typing import Any, Final
 
-from counter.load.process import LoadProcess, Share, SocketAddress
-from counter.load.recording import Record, history
+from counter.load.orders import PROGRESS_S, live
+from counter.load.recording import Recording, history
+from counter.load.share import Share, resolve, split
 from counter.options.client import ClientSettings
-from counter.proof.verify import UNDECIDED, Proof, verify
+from counter.proof.history import UNDECIDED, Verdict
+from counter.proof.verify import verify
 from counter.results.result import PROCESS_DIED, Result, merged
-from counter.system.limits import whole_share
+from counter.system.signals import WakePipe, blocked, handled
 
-PROGRESS_S: Final = 0.5
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def resolve(host: str, port: int) -> tuple[SocketAddress, ...]:
-    """The addresses of a host, in the order to try them; OSError if it has none."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return tuple((family, address) for family, _, _, _, address in found)
+class LoadProcessDied(Exception):
+    """A process of the run ended before its load began; what it printed says why."""
+
+
+class CannotBegin(Exception):
+    """This machine does not give what the run was asked to take; the text names the remedy."""
 
 
 def run_load(
@@ -46,7 +47,8 @@ def run_load(
     """Runs the load against the server of `settings` and gives back what it did.
 
     Calls `progress` with the seconds since the start and the measured part so far, about twice a
-    second. OSError if the first connection cannot be made, EOFError if it ends without an answer.
+    second. OSError if the first connection cannot be made, EOFError if it ends without an answer,
+    CannotBegin and LoadProcessDied as they say.
 
     SIGINT, SIGTERM or SIGHUP ends the run early: `on_interrupt` is called, the replies in flight
     are waited for, and the result says `interrupted`. A second one ends that wait: the result says
@@ -55,31 +57,36 @@ def run_load(
     """
     addresses = resolve(settings.server_address.host, settings.server_address.port)
     shares = split(settings, cpus, addresses)
-    records = []
-    if settings.verify != "off":
-        amounts = settings.amount
-        amount = amounts.low if amounts.low == amounts.high else None
-        try:
-            records = [Record(amount) for _ in shares]
-        except OSError as error:
-            remedy = "set TMPDIR to a folder that can be written"
-            raise CannotRecord(f"--verify cannot record: {error.strerror}; {remedy}") from None
+    recordings = make_recordings(settings, len(shares))
     with _Interrupts() as interrupts:
-        run = _Run(shares, interrupts, records, on_interrupt)
+        run = _Run(shares, interrupts, recordings, on_interrupt)
         try:
             result = run.supervise(progress)
         finally:
             run.kill()
-    if records:
+    if recordings:
         # Only now, because NumPy starts threads, and a process with threads does not fork.
-        result.proof = prove(result, records, settings.verify == "shared")
+        result.proof = prove(result, recordings, settings.verify == "shared")
     return result
 
 
-def prove(result: Result, records: Sequence[Record], shared: bool) -> Proof:
-    """The verdict on what was recorded of a run; closes the records."""
+def make_recordings(settings: ClientSettings, count: int) -> list[Recording]:
+    """One for each process, none where nothing is to be proved; CannotBegin."""
+    if settings.verify == "off":
+        return []
+    amounts = settings.amount
+    amount = amounts.low if amounts.low == amounts.high else None
     try:
-        whole = history(records, result.total_before, result.total_after)
+        return [Recording(amount) for _ in range(count)]
+    except OSError as error:
+        remedy = "set TMPDIR to a folder that can be written"
+        raise CannotBegin(f"--verify cannot record: {error.strerror}; {remedy}") from None
+
+
+def prove(result: Result, recordings: Sequence[Recording], shared: bool) -> Verdict:
+    """The verdict on what was recorded of a run; closes the recordings."""
+    try:
+        whole = history(recordings, result.total_before, result.total_after)
         reads = (result.total_before is not None) + (result.total_after is not None)
         unrecorded = result.answered - reads - len(whole.total)
         missing = ""
@@ -89,48 +96,12 @@ def prove(result: Result, records: Sequence[Record], shared: bool) -> Proof:
             missing = f"{unrecorded:,} answered additions could not be written to {gettempdir()}"
         return verify(whole, shared, missing)
     except KeyboardInterrupt:
-        return Proof(UNDECIDED, "interrupted before the end of the proof")
+        return Verdict(UNDECIDED, "interrupted before the end of the proof")
     except MemoryError:
-        return Proof(UNDECIDED, f"not enough memory for {result.answered:,} additions")
+        return Verdict(UNDECIDED, f"not enough memory for {result.answered:,} additions")
     finally:
-        for record in records:
-            record.close()
-
-
-def split(
-    settings: ClientSettings, cpus: float, addresses: tuple[SocketAddress, ...]
-) -> list[Share]:
-    """Each process's share of the run; every process has at least one connection and request."""
-    connections = settings.connections or whole_share(cpus, settings.multiplier)
-    wanted = settings.processes or max(1, int(cpus))
-    processes = min(wanted, connections, settings.requests or wanted)
-    duration_s = settings.duration_s
-    if duration_s is None and settings.requests is None:
-        duration_s = 60.0
-
-    def part(whole: int, index: int) -> int:
-        return whole // processes + (index < whole % processes)
-
-    return [
-        Share(
-            settings,
-            addresses,
-            part(connections, index),
-            None if settings.requests is None else part(settings.requests, index),
-            settings.rate / processes,
-            duration_s,
-            processes,
-        )
-        for index in range(processes)
-    ]
-
-
-class LoadProcessDied(Exception):
-    """A process of the run ended before its load began; what it printed says why."""
-
-
-class CannotRecord(LoadProcessDied):
-    """There is no place for the record that a proof needs, so no process began."""
+        for recording in recordings:
+            recording.close()
 
 
 class _Run:
@@ -140,11 +111,11 @@ class _Run:
         self,
         shares: list[Share],
         interrupts: _Interrupts,
-        records: Sequence[Record],
+        recordings: Sequence[Recording],
         on_interrupt: Callable[[], None],
     ) -> None:
         self.shares = shares
-        self.records = records
+        self.recordings = recordings
         self.interrupts = interrupts
         self.on_interrupt = on_interrupt
         self.pids: dict[PipeEnd, int] = {}
@@ -160,7 +131,7 @@ class _Run:
         for pipe in self.pids:
             self.expect(pipe, "ready")
         started_at = time.monotonic()
-        self.interrupts.counting = True
+        self.interrupts.start_counting()
         self.tell("go")
         loading = set(self.pids)
         while loading:
@@ -180,12 +151,12 @@ class _Run:
 
     def fork(self, share: Share) -> PipeEnd:
         ours, theirs = Pipe()
-        with _signals_blocked():
+        with blocked(_ENDING):
             try:
                 pid = os.fork()
             except OSError as error:
                 remedy = "raise the limit (ulimit -u) or lower --processes"
-                raise LoadProcessDied(f"cannot fork: {error.strerror}; {remedy}") from None
+                raise CannotBegin(f"cannot fork: {error.strerror}; {remedy}") from None
             if not pid:
                 signal.set_wakeup_fd(-1)
                 for pipe in (ours, *self.pids):
@@ -193,8 +164,8 @@ class _Run:
                 for number in _ENDING:
                     signal.signal(number, signal.SIG_IGN)
                 index = len(self.pids)
-                record = self.records[index] if self.records else None
-                _run_process(share, theirs, index, record)
+                recording = self.recordings[index] if self.recordings else None
+                live(share, theirs, index == 0, recording)
         theirs.close()
         self.pids[ours] = pid
         return ours
@@ -219,7 +190,7 @@ class _Run:
     def collect(self, pipes: set[PipeEnd], last: str, until: float) -> None:
         """Takes what processes send until then; drops each pipe whose message is the `last`."""
         while pipes and (left_s := until - time.monotonic()) > 0:
-            ready = wait([*pipes, self.interrupts.wake_end], left_s)
+            ready = wait([*pipes, self.interrupts.wake.fileno()], left_s)
             self.obey_interrupts()
             for pipe in ready:
                 if not isinstance(pipe, PipeEnd):
@@ -254,123 +225,39 @@ class _Run:
             os.waitpid(pid, 0)
 
 
-def _run_process(share: Share, pipe: PipeEnd, index: int, record: Record | None) -> None:
-    """The life of a load process; does not return."""
-    code = 1
-    try:
-        process = LoadProcess(share, record.connection) if record else LoadProcess(share)
-        orders = _Orders(process, pipe)
-        if index == 0:
-            try:
-                total_before = process.read_total()
-            except (OSError, EOFError) as error:
-                pipe.send(("failed", error))
-                return
-            pipe.send(("before", total_before))
-        process.open_all()
-        pipe.send(("ready", None))
-        orders.go.wait()
-        orders.report_progress()
-        process.run()
-        orders.stop_reporting()
-        process.close()
-        if record:
-            record.write()
-        pipe.send(("loaded", process.result))
-        orders.finish.wait()
-        if index == 0:
-            # With the run's own connections closed there is a worker for this one.
-            with contextlib.suppress(OSError, EOFError):
-                process.result.total_after = process.read_total()
-        pipe.send(("result", process.result))
-        code = 0
-    except BrokenPipeError:
-        pass  # the parent is gone, and nobody waits for a result
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-class _Orders:
-    """The parent's words, as events; its death ends the process."""
-
-    def __init__(self, process: LoadProcess, pipe: PipeEnd) -> None:
-        from gevent.event import Event
-
-        self.process = process
-        self.pipe = pipe
-        self.go, self.finish = Event(), Event()
-        self._listening = process.loop.io(pipe.fileno(), 1)  # 1: readable
-        self._listening.start(self._on_word)
-        self._reporting = process.loop.timer(PROGRESS_S, PROGRESS_S)
-
-    def _on_word(self) -> None:
-        try:
-            word = self.pipe.recv()
-        except (EOFError, OSError):
-            os._exit(1)
-        if word == "stop":
-            self.process.stop()
-        elif word == "cut":
-            self.process.cut = True
-        else:
-            (self.go if word == "go" else self.finish).set()
-
-    def report_progress(self) -> None:
-        self._reporting.start(lambda: self.pipe.send(("progress", self.process.so_far())))
-
-    def stop_reporting(self) -> None:
-        self._reporting.close()
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """No signal is handled inside, so that a child never runs its parent's handlers."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-
-
 class _Interrupts:
     """What ends a run: a KeyboardInterrupt at first, and a count once the load runs.
 
-    While it counts, `wake_end` becomes readable with each signal, so that a wait for results ends
-    and no message is lost half-way to an exception.
+    While it counts, `wake` becomes readable with each signal, so that a wait for results ends and
+    no message is lost half-way to an exception.
     """
 
     def __init__(self) -> None:
-        self.counting = False
+        self.wake = WakePipe()
+        self._is_counting = False
         self._count = 0
-        self.wake_end, self._waker = os.pipe()
-        for end in (self.wake_end, self._waker):
-            os.set_blocking(end, False)
-        self._before: list[tuple[signal.Signals, Any]] = []
+        self._context = contextlib.ExitStack()
+
+    def start_counting(self) -> None:
+        """From here on a signal raises nothing."""
+        self._is_counting = True
 
     def taken(self) -> int:
         """How many signals came since counting began."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.wake_end, 100)
+        self.wake.clear()
         return self._count
 
     def __enter__(self) -> _Interrupts:
-        for number in _ENDING:
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup
-            self._before.append((number, signal.signal(number, self._on_signal)))
-        signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+        is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [number for number in _ENDING if not (is_nohup and number == signal.SIGHUP)]
+        self._context.enter_context(handled(numbers, self._on_signal))
+        self._context.enter_context(self.wake)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(-1)
-        for number, handler in self._before:
-            signal.signal(number, handler)
-        for end in (self.wake_end, self._waker):
-            os.close(end)
+        self._context.close()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if not self.counting:
+        if not self._is_counting:
             raise KeyboardInterrupt
         self._count += 1

@@ -12,18 +12,16 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from time import monotonic_ns as clock
+from typing import Any, Final, Protocol
 
-if TYPE_CHECKING:
-    from counter.load.process import LoadConnection, LoadProcess
-
-clock: Final = time.monotonic_ns
+from counter.system.libev import READ
+from protocol import Batch
 
 # Due requests go out at most so late. Setting the kernel's timer costs 15 us on a virtual machine:
 # done for each request of a high rate, it would be most of the client's time.
 TICK_NS: Final = 100_000
 
-_READ: Final = 1  # libev's event mask
 _ABSOLUTE: Final = 1  # TFD_TIMER_ABSTIME
 
 
@@ -46,7 +44,7 @@ class Alarm:
             raise OSError(ctypes.get_errno(), "cannot make a timer")
         self._on_alarm = on_alarm
         self._at_ns = 0  # 0: not set
-        self._watcher = loop.io(self._fd, _READ)
+        self._watcher = loop.io(self._fd, READ)
         self._watcher.start(self._on_expired)
 
     def set(self, at_ns: int) -> None:
@@ -71,6 +69,28 @@ class Alarm:
         self._on_alarm()
 
 
+class Slot(Protocol):
+    """What the schedule and its sender may ask of a connection that can take a request."""
+
+    @property
+    def epoch(self) -> int:
+        """Changes when the connection is lost: what was offered before is void."""
+
+    def send(self, batch: Batch, due_ns: int) -> None:
+        """Sends frames of these amounts, which were due then."""
+
+
+class Sender(Protocol):
+    """What the schedule may ask of the generator."""
+
+    @property
+    def sending(self) -> bool:
+        """Whether anything is to be sent at all."""
+
+    def send_due(self, connection: Slot, due_ns: int) -> bool:
+        """Sends one request that was due then, false if no further one may be sent."""
+
+
 class Pace:
     """The schedule of an open loop: request k is due k intervals after the start, whoever is late.
 
@@ -78,48 +98,48 @@ class Pace:
     was due: a slow server does not slow down the question (coordinated omission).
     """
 
-    def __init__(self, process: LoadProcess, rate: float) -> None:
-        self._process = process
+    def __init__(self, loop: Any, sender: Sender, rate: float) -> None:
+        self._sender = sender
         self._interval_ns = 1e9 / rate
-        self._free: deque[tuple[LoadConnection, object]] = deque()
+        self._free: deque[tuple[Slot, int]] = deque()  # with the epoch in which it was offered
         self._start_ns = 0
+        self._measure_from_ns = 0
         self._next = 0
-        self._alarm = Alarm(process.loop, self._send_due)
+        self._alarm = Alarm(loop, self._send_due)
 
-    def start(self, now: int) -> None:
-        """Begins the schedule."""
+    def start(self, now: int, measure_from_ns: int) -> None:
+        """Begins the schedule, whose measured part begins at `measure_from_ns`."""
         self._start_ns = now - now % -TICK_NS
+        self._measure_from_ns = measure_from_ns
 
-    def offer(self, connection: LoadConnection, count: int) -> None:
+    def offer(self, connection: Slot, count: int) -> None:
         """A connection can take `count` further requests."""
-        self._free.extend([(connection, connection.sock)] * count)
+        self._free.extend([(connection, connection.epoch)] * count)
         self._send_due()
 
-    def _due_ns(self) -> int:
-        return self._start_ns + int(self._next * self._interval_ns)
-
-    def behind(self, now: int) -> int:
-        """How many requests were due by then and have not been sent."""
-        left = self._process.requests_left
+    def behind(self, now: int, left: int | None) -> int:
+        """How many requests were due by then and have not been sent; `left` may be, at most."""
         due = int((now - self._start_ns) / self._interval_ns) + 1 - self._next
         return max(0, due if left is None else min(due, left))
 
     def close(self) -> None:
+        """Ends the schedule."""
         self._alarm.close()
 
+    def _due_ns(self) -> int:
+        return self._start_ns + int(self._next * self._interval_ns)
+
     def _send_due(self) -> None:
-        process = self._process
-        while self._free and process.sending:
+        while self._free and self._sender.sending:
             due_ns = self._due_ns()
-            if due_ns < process.measure_from_ns <= clock():
+            if due_ns < self._measure_from_ns <= clock():
                 # What the warm-up left behind is not carried into the measured part.
-                ahead_ns = process.measure_from_ns - self._start_ns
+                ahead_ns = self._measure_from_ns - self._start_ns
                 self._next = math.ceil(ahead_ns / self._interval_ns)
                 due_ns = self._due_ns()
             if due_ns > clock():
                 self._alarm.set(due_ns - due_ns % -TICK_NS)
                 return
-            connection, sock = self._free.popleft()
-            if connection.sock is sock and process.take_requests(1, due_ns):
+            connection, epoch = self._free.popleft()
+            if connection.epoch == epoch and self._sender.send_due(connection, due_ns):
                 self._next += 1
-                connection.send(process.draw(1), due_ns)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from typing import Final
 
 from counter.options.declare import RUNNING, Settings, option
 from counter.options.values import (
     Address,
-    Amounts,
+    AmountRange,
     Seconds,
     Thresholds,
-    parse_amounts,
+    parse_amount_range,
     parse_choice,
+    parse_path,
     parse_proof,
     parse_rate,
     parse_seconds,
@@ -24,6 +26,9 @@ from counter.options.values import (
 
 _TARGET, _TLS, _LOAD = "the server", "encryption", "the load"
 _ONCE, _REPORT = "one request, for shells", "the report"
+
+# Of a run that nothing bounds: a minute, in which the machine's own ups and downs show as well.
+_DEFAULT_DURATION: Final = Seconds(60)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +73,21 @@ class ClientSettings(Settings):
         metavar="true|false",
     )
     tls_ca: str | None = option(
-        "--tlsCA", _TLS, "trust these authorities instead of the system's", metavar="FILE"
+        "--tlsCA",
+        _TLS,
+        "trust these authorities instead of the system's",
+        parse=parse_path,
+        metavar="FILE",
     )
     tls_cert: str | None = option(
-        "--tlsCert", _TLS, "the client's own certificate, for mutual TLS", metavar="FILE"
+        "--tlsCert",
+        _TLS,
+        "the client's own certificate, for mutual TLS",
+        parse=parse_path,
+        metavar="FILE",
     )
     tls_key: str | None = option(
-        "--tlsKey", _TLS, "its private key, without a passphrase", metavar="FILE"
+        "--tlsKey", _TLS, "its private key, without a passphrase", parse=parse_path, metavar="FILE"
     )
     multiplier: int = option(
         "--multiplier",
@@ -96,7 +109,7 @@ class ClientSettings(Settings):
         "measured time",
         parse=parse_seconds(0.001),
         metavar="TIME",
-        shown_default="1m, or no limit with --requests",
+        shown_default=f"{_DEFAULT_DURATION}, or no limit with --requests",
     )
     requests: int | None = option(
         "--requests",
@@ -127,12 +140,12 @@ class ClientSettings(Settings):
         default=0.0,
         parse=parse_rate,
     )
-    amount: Amounts = option(
+    amount: AmountRange = option(
         "--amount",
         _LOAD,
         "amount of each addition: a number, or LOW-HIGH drawn uniformly",
-        default=Amounts(1, 1),
-        parse=parse_amounts,
+        default=AmountRange(1, 1),
+        parse=parse_amount_range,
         metavar="AMOUNT",
     )
     processes: int | None = option(
@@ -155,6 +168,7 @@ class ClientSettings(Settings):
         "--json",
         _REPORT,
         "write the result as JSON; - is standard output, and the table goes to standard error",
+        parse=parse_path,
         metavar="FILE",
     )
     verify: str = option(
@@ -170,12 +184,14 @@ class ClientSettings(Settings):
         "--html",
         _REPORT,
         "write one page with charts of rate and latency, which needs nothing else to be looked at",
+        parse=parse_path,
         metavar="FILE",
     )
     hgrm: str | None = option(
         "--hgrm",
         _REPORT,
         "write the percentiles in milliseconds as HdrHistogram does, for its plotter",
+        parse=parse_path,
         metavar="FILE",
     )
     threshold: Thresholds = option(
@@ -204,6 +220,13 @@ class ClientSettings(Settings):
         parse=parse_choice("text", "json"),
         metavar="FORMAT",
     )
+
+    @property
+    def planned_duration_s(self) -> float | None:
+        """How long the measured part is to last, None where the requests alone bound it."""
+        if self.duration_s is None and self.requests is None:
+            return _DEFAULT_DURATION
+        return self.duration_s
 
     def conflict(self, on_command_line: Collection[str]) -> str | None:
         """As Settings has it."""

@@ -4,7 +4,8 @@ Here text is parsed and the environment read, and nowhere else; which options th
 known here. Command line beats environment beats config file beats default. An unknown argument and
 an unknown key of the config file are errors, and abbreviations are not accepted: a misspelt limit
 must not be a missing limit. Variables of the environment that no option has are not looked at,
-because container engines set variables of their own under any prefix.
+because container engines set variables of their own under any prefix; an empty one is unset,
+because they set `NAME=` for what was not given. Every error names where its value came from.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, fields
 from functools import partial
@@ -25,9 +26,10 @@ from configargparse import ConfigFileParserException
 
 from counter.options.declare import RUNNING, Settings
 from counter.options.shown import config_lines, one_line
-from counter.options.values import masked
-
-EXIT_USAGE: Final = 2
+from counter.options.values import masked, parse_path
+from counter.system.exits import EXIT_USAGE
+from counter.system.streams import write_result
+from counter.system.version import VERSION
 
 _ARGUMENTS: Final = "command line"
 
@@ -46,22 +48,38 @@ class _Collect(argparse.Action):
         setattr(namespace, self.dest, type(so_far)((*so_far, *values)))
 
 
+class _ShowVersion(argparse.Action):
+    """An option that writes the version to standard output and ends the program."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        _namespace: argparse.Namespace,
+        _values: Any,
+        _name: str | None = None,
+    ) -> None:
+        _show(parser.prog, f"counter {VERSION}\n")
+        sys.exit(0)
+
+
 S = TypeVar("S", bound=Settings)
 
 
 def read_settings(
     record: type[S],
     arguments: Sequence[str] | None = None,
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> S:
     """The settings of a command from its arguments, the environment and the config file.
 
     `arguments` and `environment` are the process's own unless given. Writes to standard output and
-    exits 0 for --help and --printConfig; exits 2 with one line on standard error for whatever
-    cannot be read.
+    exits 0 for --help, --version and --printConfig; exits 2 with one line on standard error for
+    what cannot be read or contradicts itself.
     """
-    env = dict(os.environ) if environment is None else environment
+    env = _given(os.environ if environment is None else environment)
     args = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help", "--version"} & set(args):
+        env = {}  # a bad value there would hide what helps to mend it
     parser = _make_parser(record)
     values, unknown = parser.parse_known_args(args, env_vars=env)
     if unknown:
@@ -72,17 +90,24 @@ def read_settings(
         sys.exit(0)
     given = [name for name, origin in parser.origins().items() if origin == _ARGUMENTS]
     if conflict := settings.conflict(given):
-        parser.error(conflict)
+        parser.refuse_conflict(conflict)
     return settings
+
+
+def _given(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that have a value, each without the line end that a file may have left on it.
+
+    An env file from Windows leaves a carriage return on each, a secret made of a file its newline.
+    """
+    values = {name: value.rstrip("\r\n") for name, value in environment.items()}
+    return {name: value for name, value in values.items() if value}
 
 
 def _show(program: str, text: str) -> None:
     """Writes to standard output; exits 1 where it cannot, without a word where nobody reads on."""
     try:
-        print(text, end="", flush=True)
+        write_result(text)
     except OSError as error:
-        # Otherwise the interpreter tries once more at its end, and prints a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             sys.stderr.write(f"{program}: cannot write to standard output: {error.strerror}\n")
         sys.exit(1)
@@ -124,8 +149,11 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
         """Ends the program with exit code 2."""
         origins = self.origins()
         for action in self._actions:
-            name, origin = "/".join(action.option_strings), origins.get(action.dest, _ARGUMENTS)
-            if message.startswith(f"argument {name}:") and origin != _ARGUMENTS:
+            beginnings = [f"argument {'/'.join(action.option_strings)}:"]
+            if action.dest == "config":
+                beginnings.append("Unable to open config file:")
+            origin = origins.get(action.dest, _ARGUMENTS)
+            if message.startswith(tuple(beginnings)) and origin != _ARGUMENTS:
                 message += f" (from {origin})"
         message = one_line(masked(message))
         sys.stderr.write(f"{self.prog}: {message}; {self.prog} --help lists all options\n")
@@ -139,6 +167,15 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
                     path = source.partition("|")[2]
                     self.error(f"config file {path}: unknown key {key!r}{self._nearest(key)}")
         self.error(f"unknown argument {unknown[0]}{self._nearest(unknown[0])}")
+
+    def refuse_conflict(self, conflict: str) -> NoReturn:
+        """Says what contradicts, and where those of the options came from that were not typed."""
+        origins, hidden = self.origins(), []
+        for flag in re.findall(r"--\w+", conflict):
+            origin = origins.get(self._option_string_actions[flag].dest, _ARGUMENTS)
+            if origin != _ARGUMENTS:
+                hidden.append(f"{flag} is from {origin}")
+        self.error(conflict + (f" ({', '.join(hidden)})" if hidden else ""))
 
     def origins(self) -> dict[str, str]:
         """Where each value that is not a default was read, by the name of its field."""
@@ -171,7 +208,7 @@ def _make_parser(record: type[Settings]) -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         config_file_parser_class=_ConfigFile,
-        config_file_open_func=partial(open, encoding="utf-8"),
+        config_file_open_func=partial(open, encoding="utf-8-sig"),  # Windows' editors mark it
         add_config_file_help=False,
         add_env_var_help=True,
     )
@@ -184,6 +221,7 @@ def _make_parser(record: type[Settings]) -> _Parser:
     groups[RUNNING].add_argument(
         "--config",
         is_config_file_arg=True,
+        type=parse_path,
         metavar="FILE",
         env_var=record.prefix + "CONFIG",
         help="read options from a file of `key = value` lines; keys are the flags without dashes",
@@ -194,6 +232,9 @@ def _make_parser(record: type[Settings]) -> _Parser:
         dest="print_config",
         action="store_true",
         help="print every value and where it came from, and end",
+    )
+    groups[RUNNING].add_argument(
+        "--version", action=_ShowVersion, nargs=0, help="print the program's version, and end"
     )
     return parser
 

@@ -11,6 +11,7 @@ from counter.options.values import (
     StoreAddress,
     parse_choice,
     parse_host,
+    parse_path,
     parse_port,
     parse_seconds,
     parse_store,
@@ -170,15 +171,17 @@ class ServerSettings(Settings):
         _TLS,
         "serve TLS with this certificate, and those between it and its authority, in PEM form; "
         "SIGHUP reads the files again",
+        parse=parse_path,
         metavar="FILE",
     )
     tls_key: str | None = option(
-        "--tlsKey", _TLS, "its private key, without a passphrase", metavar="FILE"
+        "--tlsKey", _TLS, "its private key, without a passphrase", parse=parse_path, metavar="FILE"
     )
     tls_client_ca: str | None = option(
         "--tlsClientCA",
         _TLS,
         "let in only clients whose certificate these authorities signed",
+        parse=parse_path,
         metavar="FILE",
     )
     log_level: str = option(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -35,7 +36,7 @@ _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 @dataclass(frozen=True)
-class Amounts:
+class AmountRange:
     """The amounts that the load generator sends: uniform over low..high, both included."""
 
     low: int
@@ -118,6 +119,18 @@ def parse_whole(minimum: int, maximum: int = MAX_AMOUNT) -> Callable[[str], int]
     return parse
 
 
+def parse_path(text: str) -> str:
+    """The path of a file: any text but none, and none that ends in a control character."""
+    if not text:
+        raise argparse.ArgumentTypeError("the file name is empty; name a file, or leave this out")
+    if unicodedata.category(text[-1]) == "Cc":
+        # A line end that was left there makes it another file than whoever reads it sees.
+        raise argparse.ArgumentTypeError(
+            f"{text!r} ends in a control character; write the file's name without it"
+        )
+    return text
+
+
 def parse_host(text: str) -> str:
     """A host name or IP address to listen on."""
     if not text.strip():
@@ -174,19 +187,19 @@ def parse_rate(text: str) -> float:
     return float(text)
 
 
-def parse_amounts(text: str) -> Amounts:
+def parse_amount_range(text: str) -> AmountRange:
     """A number, or `LOW-HIGH`."""
     whole = parse_whole(0)
     low, dash, high = text.partition("-")
     try:
-        amounts = Amounts(whole(low), whole(high if dash else low))
+        amount = AmountRange(whole(low), whole(high if dash else low))
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a whole number of 0 to {MAX_AMOUNT}, nor two of them as LOW-HIGH"
         ) from None
-    if amounts.low > amounts.high:
+    if amount.low > amount.high:
         raise argparse.ArgumentTypeError(f"{text!r}: the lower bound is above the upper one")
-    return amounts
+    return amount
 
 
 def parse_thresholds(text: str) -> Thresholds:
@@ -220,8 +233,14 @@ def parse_store(text: str) -> StoreAddress:
     if text == "memory":
         return StoreAddress(text, "memory")
     kind, _, path = text.partition(":")
+    if kind == "sqlite" and path.startswith("//"):
+        # As a path it is one from the root; many programs read it as one below the present folder.
+        raise argparse.ArgumentTypeError(
+            f"{masked(text)!r} is a URL; write sqlite:PATH for a file below the present folder, "
+            "sqlite:/PATH for one from the root"
+        )
     if kind == "sqlite" and path not in ("", ":memory:"):
-        return StoreAddress(text, kind, path=path)
+        return StoreAddress(text, kind, path=parse_path(path))
     if kind in ("redis", "rediss"):
         try:
             return _parse_redis(text)

@@ -9,14 +9,15 @@ import ctypes
 import logging
 import os
 import pickle
-import select
 import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Final, NoReturn, TypeVar
 
-from counter.processes.signals import HANDLED
+from counter.processes.orders import Orders
+from counter.processes.signals import ignore_signals
+from counter.system.waiting import wait_readable
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -36,11 +37,11 @@ class Child(ABC):
     is_vital: ClassVar[bool] = True
 
     @abstractmethod
-    def live(self, ready: Callable[[], None]) -> int:
+    def live(self, orders: Orders, ready: Callable[[], None]) -> int:
         """Runs in a process of its own; gives back that process's exit code.
 
-        Calls `ready` once it serves, ends at SIGTERM within the drain deadline and at CUT_SIGNAL at
-        once. EXIT_CANNOT_BOOT says that it cannot start and has said why.
+        Calls `ready` once it serves, and does as it is ordered. EXIT_CANNOT_BOOT says that it
+        cannot start and has said why.
         """
 
     def on_death(self) -> None:  # noqa: B027  # most have nothing to do
@@ -85,9 +86,7 @@ def _answer(
     """The life of a helping process."""
     code = 1
     try:
-        signal.set_wakeup_fd(-1)
-        for number in HANDLED:
-            signal.signal(number, signal.SIG_DFL)
+        ignore_signals()  # the parent ends it
         die_with_parent(parent)
         answer: object
         try:
@@ -109,7 +108,7 @@ def _read_all(fd: int, timeout_s: float) -> bytes:
     """What a pipe holds up to its end, which must come in time and not at once."""
     deadline = time.monotonic() + timeout_s
     data = b""
-    while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+    while wait_readable(fd, deadline - time.monotonic()):
         more = os.read(fd, 65536)
         if more:
             data += more

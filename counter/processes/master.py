@@ -11,11 +11,9 @@ it; one stop ladder with one deadline ends them all.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import os
-import select
 import signal
 import sys
 import time
@@ -24,9 +22,18 @@ from types import FrameType
 from typing import Final, NoReturn, Protocol
 
 from counter.processes.child import Child, die_with_parent
-from counter.processes.signals import CUT_SIGNAL, HANDLED, STOP_SIGNALS
+from counter.processes.orders import Order, Ordering
+from counter.processes.signals import (
+    HANDLED,
+    STOP_SIGNALS,
+    UNUSED_SIGNALS,
+    ignore_signals,
+    name_of,
+)
 from counter.system.backoff import backoff_s
 from counter.system.exits import EXIT_CANNOT_BOOT
+from counter.system.signals import WakePipe, blocked, handled
+from counter.system.waiting import wait_readable
 
 # Between attempts to replace processes that die before they are ready: doubled each time.
 FIRST_DELAY_S: Final = 0.1
@@ -36,6 +43,9 @@ ATTEMPTS: Final = 5
 
 # What a process may take beyond its own drain deadline before it is killed.
 KILL_GRACE_S: Final = 2.0
+
+# A wait that ends so much later than it should says that this process was stopped.
+LATE_S: Final = 0.5
 
 _log = logging.getLogger("server")
 
@@ -72,46 +82,44 @@ class Master:
         self._must_dump = False
         self._pid = os.getpid()
         self._indexes: dict[int, int] = {}  # of each living process, by pid
+        self._orderings: dict[int, Ordering] = {}  # likewise
         self._ready = mmap.mmap(-1, len(children))  # one byte a process, set by itself
         self._were_ready: set[int] = set()
         self._has_served = False
         self._failures: dict[int, int] = {}  # of each place: deaths in a row before ready
         self._retry_at: dict[int, float] = {}
         self._stop_signals = 0
-        self._wake_end, self._waker = os.pipe()
-        for end in (self._wake_end, self._waker):
-            os.set_blocking(end, False)
+        self._stopped_by = ""
+        self._unused_signals: list[int] = []
+        self._wake = WakePipe()
 
     def run(self) -> None:
         """Forks, supervises and stops; gives back when the last process has ended.
 
         CannotBoot if the processes cannot start.
         """
-        previous = {number: signal.signal(number, self._on_signal) for number in HANDLED}
-        signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
-        try:
-            self._fork_missing()
-            self._until_ready()
-            if not self._stop_signals:
-                self._program.on_ready()
-                self._has_announced = True
-                self._obey()
-            while not self._stop_signals:
-                self._wait(self._seconds_to_retry())
+        with handled(HANDLED, self._on_signal), self._wake:
+            try:
                 self._fork_missing()
-        finally:
-            self._program.on_stop()
-            self._stop()
-            signal.set_wakeup_fd(-1)
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            for end in (self._wake_end, self._waker):
-                os.close(end)
+                self._until_ready()
+                if not self._stop_signals:
+                    self._program.on_ready()
+                    self._has_announced = True
+                    self._obey()
+                while not self._stop_signals:
+                    self._wait(self._seconds_to_retry())
+                    self._fork_missing()
+            finally:
+                self._program.on_stop()
+                self._stop()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Records; that the loop wakes is the wake-up descriptor's work."""
         if number in STOP_SIGNALS:
             self._stop_signals += 1
+            self._stopped_by = name_of(number)
+        elif number in UNUSED_SIGNALS:
+            self._unused_signals.append(number)
         elif number == signal.SIGHUP:
             self._must_reload = True
         elif number == signal.SIGUSR1:
@@ -124,9 +132,8 @@ class Master:
 
     def _wait(self, seconds: float | None) -> None:
         """Until a signal or a process that is ready wakes it; then reaps."""
-        select.select([self._wake_end], [], [], seconds)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_end, 4096)
+        wait_readable(self._wake.fileno(), seconds)
+        self._wake.clear()
         self._reap()
         self._obey()
         ready = {index for index in range(len(self._children)) if self._ready[index]}
@@ -136,16 +143,21 @@ class Master:
         self._were_ready = ready
 
     def _obey(self) -> None:
-        """Does what SIGHUP and SIGUSR1 ask for."""
+        """Does what SIGHUP and SIGUSR1 ask for, and says which signals ask for nothing."""
+        while self._unused_signals:
+            _log.warning(
+                "%s means nothing to this server and is ignored; SIGTERM stops it",
+                name_of(self._unused_signals.pop()),
+            )
         if self._must_dump:
             self._must_dump = False
             self._program.on_dump()
-            self._tell(signal.SIGUSR1)
+            self._tell(Order.DUMP)
         # Before all are ready nobody is told that they are, which a reload does at its end.
         if self._must_reload and self._has_announced and not self._stop_signals:
             self._must_reload = False
             if self._program.on_reload():
-                self._tell(signal.SIGHUP)
+                self._tell(Order.RELOAD)
 
     def _seconds_to_retry(self) -> float | None:
         if not self._retry_at:
@@ -167,6 +179,7 @@ class Master:
                 return
             index = self._indexes.pop(pid, None)
             if index is not None:
+                self._orderings.pop(pid).close()
                 was_ready = bool(self._ready[index])
                 self._ready[index] = 0
                 self._children[index].on_death()
@@ -215,30 +228,30 @@ class Master:
 
     def _fork(self, index: int) -> None:
         # Blocked, a signal waits for the child's own handlers instead of running the master's.
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        try:
-            pid = os.fork()
+        with blocked(HANDLED):
+            ordering = Ordering()
+            try:
+                pid = os.fork()
+            except OSError:
+                ordering.become_parent()
+                ordering.close()
+                raise
             if not pid:
-                self._live(index)
+                self._live(index, ordering)
+            ordering.become_parent()
             self._indexes[pid] = index
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+            self._orderings[pid] = ordering
 
-    def _live(self, index: int) -> NoReturn:
+    def _live(self, index: int, ordering: Ordering) -> NoReturn:
         """The life of a child."""
         code = EXIT_CANNOT_BOOT
         try:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            # Until it listens to these; it takes the certificates that were published last anyway.
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-            # A Ctrl-C in a terminal reaches every process of it; the master's word counts.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+            ignore_signals()
             die_with_parent(self._pid)
-            code = self._children[index].live(lambda: self._say_ready(index))
+            for other in self._orderings.values():
+                other.close()
+            orders = ordering.become_child()
+            code = self._children[index].live(orders, lambda: self._say_ready(index))
         except Exception:
             _log.exception("%s failed", self._children[index].name)
             code = 1 if self._ready[index] else EXIT_CANNOT_BOOT
@@ -252,27 +265,35 @@ class Master:
 
     def _say_ready(self, index: int) -> None:
         self._ready[index] = 1
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes the master as well
-            os.write(self._waker, b"\0")
+        self._wake.wake()
 
     def _stop(self) -> None:
-        """The stop ladder: SIGTERM, the drain deadline, SIGKILL; a second signal shortens it."""
+        """The stop ladder: drain, its deadline, SIGKILL; a second signal shortens it."""
+        if self._stop_signals:
+            limit = f"{self._drain_timeout_s:g} s"
+            _log.info("%s: draining; what is not done in %s is cut", self._stopped_by, limit)
         self._stop_signals = max(1, self._stop_signals)
-        self._tell(signal.SIGTERM)
+        self._tell(Order.DRAIN)
         deadline = time.monotonic() + self._drain_timeout_s + KILL_GRACE_S
         cut = False
         while self._indexes and time.monotonic() < deadline:
             if self._stop_signals > 1 and not cut:
                 cut = True
-                self._tell(CUT_SIGNAL)
+                _log.info("%s again: what is left is cut", self._stopped_by)
+                self._tell(Order.CUT)
                 deadline = min(deadline, time.monotonic() + KILL_GRACE_S)
-            self._wait(max(0.0, deadline - time.monotonic()))
+            left_s = max(0.0, deadline - time.monotonic())
+            self._wait(left_s)
+            # Who was stopped meanwhile (docker pause, a suspended machine) has seen nothing.
+            if time.monotonic() - deadline > LATE_S:
+                deadline = time.monotonic() + left_s
         if self._indexes:
             _log.warning("%d processes did not end and are killed", len(self._indexes))
-            self._tell(signal.SIGKILL)
+            for pid in self._indexes:
+                os.kill(pid, signal.SIGKILL)
         while self._indexes:
             self._wait(None)
 
-    def _tell(self, number: signal.Signals) -> None:
-        for pid in self._indexes:
-            os.kill(pid, number)
+    def _tell(self, order: Order) -> None:
+        for ordering in self._orderings.values():
+            ordering.give(order)

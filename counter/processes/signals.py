@@ -1,7 +1,6 @@
-"""What signals mean to the processes of a server, and to one that does not serve yet or any more.
+"""What signals mean to a server, and to one that does not serve yet or any more.
 
-SIGTERM and SIGINT stop, SIGHUP and SIGUSR1 ask for something and end nothing, CUT_SIGNAL is the
-master's word to its own processes.
+None that can be handled ends it without its last lines: docs/operations.md has the table.
 """
 
 from __future__ import annotations
@@ -10,15 +9,29 @@ import signal
 from types import FrameType
 from typing import Final
 
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+# SIGPWR: the power fails. SIGXCPU: the time that the process may compute is up.
+STOP_SIGNALS: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGPWR,
+    signal.SIGXCPU,
+)
 ASKING_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1)
 
-# What the master sends after its second SIGTERM or SIGINT. Another SIGTERM would not do: two that
-# are sent before the first is handled are one.
-CUT_SIGNAL: Final = signal.SIGUSR2
+# Those that mean something to other servers, or to nobody, and would end this one.
+UNUSED_SIGNALS: Final = (
+    signal.SIGUSR2,
+    signal.SIGALRM,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGIO,
+    signal.SIGSTKFLT,
+    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+)
 
 # What the master handles.
-HANDLED: Final = (*STOP_SIGNALS, signal.SIGCHLD, *ASKING_SIGNALS)
+HANDLED: Final = (*STOP_SIGNALS, signal.SIGCHLD, *ASKING_SIGNALS, *UNUSED_SIGNALS)
 
 
 class Stopped(BaseException):
@@ -29,13 +42,35 @@ class Stopped(BaseException):
 
 
 def stop_on_signals() -> None:
-    """Has SIGTERM and SIGINT raise Stopped, and SIGHUP and SIGUSR1 do nothing: for the times before
-    and after the program serves. As the first process of a container it would otherwise not end."""
+    """Has the signals that stop raise Stopped, and the others do nothing: for the times before and
+    after the program serves. As the first process of a container it would otherwise not end.
+
+    What a parent left ignored or blocked is put right: cron and some supervisors ignore SIGCHLD,
+    and a process that inherits that is never told how its children ended.
+    """
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         raise Stopped
 
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in STOP_SIGNALS:
         signal.signal(number, on_signal)
-    for number in ASKING_SIGNALS:
+    for number in (*ASKING_SIGNALS, *UNUSED_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def ignore_signals() -> None:
+    """In a forked process: signals are its parent's, which tells it what they mean."""
+    signal.set_wakeup_fd(-1)
+    for number in HANDLED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+
+
+def name_of(number: int) -> str:
+    """How a signal is called: SIGTERM, or SIGRTMIN+1."""
+    if signal.SIGRTMIN < number < signal.SIGRTMAX:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+    return signal.Signals(number).name

@@ -1,6 +1,6 @@
 """Runs that sum to 2^64 or more, where the counter passes the same total several times. Pure.
 
-The law is that of proof/verify.py: `proved` and `impossible` are certain, the rest is `undecided`.
+The law is that of verify.py: `proved` and `impossible` are certain, the rest is `undecided`.
 
 An addition is a step from one total to another, and a chain is a walk that takes every step once
 (an Eulerian trail), from the total before the run to the one after. Such a walk needs each total
@@ -13,25 +13,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from counter.proof.verify import IMPOSSIBLE, PROVED, UNDECIDED, History, Proof, disorder
+from counter.proof.chain import disorder
+from counter.proof.history import IMPOSSIBLE, PROVED, UNDECIDED, History, Verdict
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-    Words = NDArray[np.uint64]
+    from counter.proof.history import Words
 
 _WHY = "what was sent sums to 2^64 or more, so totals repeat"
 
 
-def verify_laps(history: History, alone: bool, missing: str) -> Proof:
+def verify_laps(history: History, alone: bool, missing: str) -> Verdict:
     """The verdict, as verify() gives it; `alone`: nobody else added, and nothing is missing."""
     import numpy as np
 
     if missing:
-        return Proof(UNDECIDED, missing)
+        return Verdict(UNDECIDED, missing)
     if history.before is None or history.after is None:
-        return Proof(UNDECIDED, "the server's total could not be read before and after the run")
+        return Verdict(UNDECIDED, "the server's total could not be read before and after the run")
     adding, reading = np.flatnonzero(history.amount), np.flatnonzero(history.amount == 0)
     starts = history.total[adding] - history.amount[adding]
     is_whole = alone and not history.lost_amount.any()
@@ -50,15 +50,15 @@ def verify_laps(history: History, alone: bool, missing: str) -> Proof:
         wrong = disorder(history, order)
         if wrong is None:
             count = f"{len(order):,} additions"
-            return Proof(PROVED, f"{count} form one chain, in agreement with real time")
+            return Verdict(PROVED, f"{count} form one chain, in agreement with real time")
         if is_whole and is_forced:
             return wrong
     if is_whole and is_forced:
-        return Proof(IMPOSSIBLE, "the only chain there can be does not hold every addition")
-    return Proof(UNDECIDED, f"{_WHY}, and no chain that agrees with real time was found")
+        return Verdict(IMPOSSIBLE, "the only chain there can be does not hold every addition")
+    return Verdict(UNDECIDED, f"{_WHY}, and no chain that agrees with real time was found")
 
 
-def _unbalanced(history: History, adding: NDArray[Any], starts: Words) -> Proof | None:
+def _unbalanced(history: History, adding: NDArray[Any], starts: Words) -> Verdict | None:
     """A total that is left more often than it is reached, or the other way round."""
     import numpy as np
 
@@ -73,7 +73,7 @@ def _unbalanced(history: History, adding: NDArray[Any], starts: Words) -> Proof 
     leaving = adding[starts == total][:2]
     reaching = adding[history.total[adding] == total][:2]
     often = "more" if left[found[0]] == total else "less"
-    return Proof(
+    return Verdict(
         IMPOSSIBLE,
         f"the total {int(total):,} was added to {often} often than it was reached",
         tuple(history.describe(index) for index in (*reaching, *leaving)),

@@ -17,7 +17,7 @@ import pygal
 from pygal.style import Style
 
 from counter.report.percentiles import Moment, Step
-from counter.report.report import format_ns
+from counter.report.units import format_ns
 
 # pygal puts a hook for its plugins, which there are none of here, before what is imported later.
 sys.meta_path[:] = [hook for hook in sys.meta_path if type(hook).__name__ != "PluginImportFixer"]

@@ -14,9 +14,13 @@ from datetime import datetime
 from typing import Final
 
 from counter.options.client import ClientSettings
-from counter.report.report import EXIT_ERRORS, as_json, first_of, lines
+from counter.report.check import first_of
+from counter.report.json_report import as_json
+from counter.report.table import lines
 from counter.report.thresholds import Outcome
 from counter.results.result import Result
+from counter.system.exits import EXIT_ERRORS
+from counter.system.streams import write_result
 
 STANDARD_OUTPUT: Final = "-"
 
@@ -110,13 +114,7 @@ def _write(path: str, text: str) -> None:
     if path == "stderr":
         sys.stderr.write(text)
     elif path == STANDARD_OUTPUT:
-        try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        except OSError:
-            # Otherwise the interpreter tries once more at its end, and prints a traceback.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise
+        write_result(text)
     else:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from counter.results.result import Histogram, Result
+from counter.results.histogram import Histogram
+from counter.results.result import Result
+
+PERCENTILES: Final = (50, 90, 99, 99.9)  # that every form of the report has
 
 # Rows for each halving of the distance to 100 %, HdrHistogram's default.
 TICKS_PER_HALF: Final = 5
@@ -21,7 +24,7 @@ NS_PER_MS: Final = 1e6
 
 @dataclass(frozen=True)
 class Step:
-    """So much of all records (0 to 1) took at most this time; `count` of them."""
+    """So much of all requests (0 to 1) took at most this time; `count` of them."""
 
     value_ns: int
     share: float

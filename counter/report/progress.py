@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, TextIO
 
 from counter.options.client import ClientSettings
-from counter.report.report import count, format_ns
+from counter.report.units import count, format_ns
 from counter.results.result import Result
 
 if TYPE_CHECKING:
@@ -51,9 +50,7 @@ class RecentRate:
 
 def standing(elapsed_s: float, so_far: Result, settings: ClientSettings, rate: float) -> Standing:
     """Where a run stands `elapsed_s` after its start; of two bounds the nearer one counts."""
-    duration_s = settings.duration_s
-    if duration_s is None and settings.requests is None:
-        duration_s = 60.0
+    duration_s = settings.planned_duration_s
     if elapsed_s < settings.warmup_s:
         whole_s = None if duration_s is None else settings.warmup_s + duration_s
         return Standing(0.0, format_left(whole_s, elapsed_s), "warming up")
@@ -145,11 +142,6 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()

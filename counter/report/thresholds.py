@@ -1,6 +1,6 @@
 """Whether a run kept to its thresholds: each against what was measured.
 
-Pure. How a threshold is written is values.py's; which exit code follows is report.py's. A limit on
+Pure. How a threshold is written is values.py's; which exit code follows is check.py's. A limit on
 something that was not measured is breached: a test that measured nothing has shown nothing.
 """
 
@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Final
 
 from counter.options.values import Threshold
-from counter.report.report import format_ns, rate
+from counter.report.units import format_ns
 from counter.results.result import Result
 
 _HOLDS: Final[dict[str, Callable[[Decimal, Decimal], bool]]] = {
@@ -68,7 +68,7 @@ def _measured(result: Result, threshold: Threshold) -> float | None:
     if not result.measured:
         return None
     if threshold.measure == "rps":
-        return rate(result)
+        return result.rate
     if threshold.measure == "mean":
         return result.latencies.mean_ns()
     if threshold.measure == "max":

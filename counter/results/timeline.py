@@ -1,6 +1,6 @@
 """How a run went over time: what was answered in each interval, and how long it took.
 
-Pure: no clock and no timer. The hot path counts into one histogram; whoever owns a Recorder shows
+Pure: no clock and no timer. The hot path counts into one histogram; whoever owns a Sampler shows
 it that histogram now and then, and what was added since is an interval. So an interval is counts,
 never percentiles, and those of several processes and of neighbouring intervals add up.
 """
@@ -92,7 +92,7 @@ class Timeline:
         ] + max(self.intervals, theirs.intervals, key=len)[shared:]
 
 
-class Recorder:
+class Sampler:
     """Makes the timeline of one process out of snapshots of its latency histogram."""
 
     def __init__(self, counts: list[int], start_ns: int, duration_s: float | None) -> None:

@@ -319,19 +319,26 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
     def write(self) -> None:
         """Waits until the kernel has taken every reply; a peer that does not read is dropped."""
         writable = self.host.loop.io(self.sock.fileno(), WRITE)
-        timeout = Timeout.start_new(self.host.write_timeout_s)
         try:
             while self.unsent:
-                self.host.hub.wait(writable)
+                timeout = Timeout.start_new(self.host.write_timeout_s)
+                is_late = False
+                try:
+                    self.host.hub.wait(writable)
+                except Timeout as expired:
+                    if expired is not timeout:
+                        raise
+                    is_late = True
+                finally:
+                    timeout.close()
+                # Also when the time is over: it may be that this process stood still meanwhile.
                 data, self.unsent = self.unsent, b""
                 self.transmit(data)
-        except Timeout as expired:
-            if expired is not timeout:
-                raise
-            self.unsent = b""
-            self.owed = 0
-            self.host.refused(Ending.NOT_READING, f"{self.peer()} does not read its replies")
-            self.end(Ending.NOT_READING)
+                if is_late and self.unsent == data:
+                    self.unsent = b""
+                    self.owed = 0
+                    detail = f"{self.peer()} does not read its replies"
+                    self.host.refused(Ending.NOT_READING, detail)
+                    self.end(Ending.NOT_READING)
         finally:
-            timeout.close()
             writable.close()

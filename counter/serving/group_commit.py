@@ -256,20 +256,25 @@ class GroupCommit(Additions):
 
     def _answer(self, under_way: list[Asked], before: int) -> int:
         """Replies to all that a commit held; gives back the total after it."""
-        answered = 0
+        # Counted before they are sent: who is killed in between has answered no more than that.
+        self._slot[REQUESTS] += sum(
+            [
+                1 if batch is None else len(batch)
+                for connection, _, batch in under_way
+                if connection.owed
+            ]
+        )
+        self._slot[READS] += len(under_way)
         for connection, amount, batch in under_way:
             frames = 1 if batch is None else len(batch)
             after = (before + amount) & TOTAL_MASK
             if connection.owed:
-                answered += frames
                 try:
                     connection.send(encode_total(after) if batch is None else batch.replies(before))
                     connection.answered(frames)
                 except Exception:
                     connection.fail()
             before = after
-        self._slot[REQUESTS] += answered
-        self._slot[READS] += len(under_way)
         return before
 
     def _try_again(self, reason: str, state: State) -> None:

@@ -46,6 +46,7 @@ class Lingering:
     def sweep(self, now: float) -> None:
         """Closes those whose time is over, at a moment of time.monotonic()."""
         for linger in [linger for linger in self._sockets if now >= linger.until]:
+            linger.take()  # what came in time, or a reset would take replies with it
             linger.close()
 
     def join(self) -> None:
@@ -73,10 +74,11 @@ class _Linger:
         self._on_end = on_end
         self.until = time.monotonic() + LINGER_S
         self._bytes_left = LINGER_BYTES
-        self._watcher = loop.io(sock.fileno(), READ)
-        self._watcher.start(self._on_readable)
+        self._watcher: Any = loop.io(sock.fileno(), READ)
+        self._watcher.start(self.take)
 
-    def _on_readable(self) -> None:
+    def take(self) -> None:
+        """Throws away what has come."""
         try:
             size = len(self._sock.recv(_READ_BYTES))
         except BlockingIOError:
@@ -88,6 +90,9 @@ class _Linger:
             self.close()
 
     def close(self) -> None:
-        self._watcher.close()
-        self._sock.close()
-        self._on_end(self)
+        """Closes the socket; without effect if it is closed."""
+        if self._watcher is not None:
+            self._watcher.close()
+            self._watcher = None
+            self._sock.close()
+            self._on_end(self)

@@ -1,34 +1,32 @@
 """The life of a serving process, from patching it to the end of its drain.
 
-What it shares with others is made before it is forked and handed to it; it obeys its master alone.
+What it shares with others is made before it is forked and handed to it; it obeys the orders of its
+master alone.
 """
 
 from __future__ import annotations
 
 import gc
-import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import gevent
 from gevent import monkey
 from gevent.event import Event
 
 from counter.options.server import ServerSettings
-from counter.processes.signals import CUT_SIGNAL
+from counter.processes.orders import Order, Orders
 from counter.processes.slots import Slots
 from counter.serving.server import CounterServer
+from counter.system.libev import READ
 from counter.tls.certificates import Certificates
 from counter.totals.keeper import Keeper
 
 
 class ServingProcess:
     """Serves in the process that calls run(), which is in the place `index` of its server's."""
-
-    # Ctrl-C in a terminal is for the master, which ends its processes by SIGTERM.
-    stop_signals: ClassVar[Sequence[signal.Signals]] = (signal.SIGTERM,)
 
     def __init__(
         self,
@@ -39,6 +37,7 @@ class ServingProcess:
         workers: int,
         index: int = 0,
         certificates: Certificates | None = None,
+        orders: Orders | None = None,
     ) -> None:
         self.settings = settings
         self.listener = listener
@@ -47,16 +46,19 @@ class ServingProcess:
         self.workers = workers
         self.index = index
         self.certificates = certificates
+        self._orders = orders
         self.server: CounterServer | None = None
+        self._stop: Any = None  # events, which are made when gevent is there
+        self._cut: Any = None
 
     def run(self, ready: Callable[[], None]) -> None:
-        """Serves until a signal ends it, and drains; `ready` is called once it serves."""
+        """Serves until it is told to end, and drains; `ready` is called once it serves."""
         monkey.patch_all()
         # Where each greenlet was spawned is of no use here and costs 2 us a connection.
         gevent.config.track_greenlet_tree = False
-        stop, cut = Event(), Event()
-        # Before the certificates are read: one that is told to read them again has it done.
-        handlers = self._handle_signals(stop, cut)
+        self._stop, self._cut = Event(), Event()
+        # Before the certificates are read: who is told to read them again has it done.
+        listening = self.listen_to_orders()
         server = self.server = CounterServer(
             self.listener,
             self.keeper.open(),
@@ -72,31 +74,36 @@ class ServingProcess:
         gc.collect()
         gc.freeze()
         ready()
-        stop.wait()
+        self._stop.wait()
         self.on_drain()
-        server.drain(self.settings.drain_timeout_s, cut)
+        server.drain(self.settings.drain_timeout_s, self._cut)
         self.on_end()
-        for handler in handlers:
-            handler.cancel()
+        for one in listening:
+            one.close()
 
-    def _handle_signals(self, stop: Event, cut: Event) -> list[Any]:
-        def on_stop() -> None:
-            (cut if stop.is_set() else stop).set()
+    def listen_to_orders(self) -> list[Any]:
+        """Has obey() called with each order; gives back what is to be closed at the end."""
+        orders = self._orders
+        assert orders is not None
+        watcher = gevent.get_hub().loop.io(orders.fileno(), READ)
+        watcher.start(lambda: gevent.spawn(self._obey_all, orders.take()))
+        return [watcher]
 
-        def on_cut() -> None:
-            stop.set()
-            cut.set()
+    def _obey_all(self, orders: list[Order]) -> None:
+        for order in orders:
+            self.obey(order)
 
-        return [
-            *(gevent.signal_handler(number, on_stop) for number in self.stop_signals),
-            gevent.signal_handler(CUT_SIGNAL, on_cut),
-            gevent.signal_handler(signal.SIGHUP, self._reload),
-            gevent.signal_handler(signal.SIGUSR1, self.on_dump),
-        ]
-
-    def _reload(self) -> None:
-        if self.server is not None and self.on_reload():
-            self.server.take_certificates()
+    def obey(self, order: Order) -> None:
+        """Does what an order says; in a greenlet."""
+        if order is Order.RELOAD:
+            if self.server is not None and self.on_reload():
+                self.server.take_certificates()
+        elif order is Order.DUMP:
+            self.on_dump()
+        else:
+            if order is Order.CUT:
+                self._cut.set()
+            self._stop.set()
 
     def on_start(self) -> None:
         """It serves, and nobody was told yet."""
@@ -108,14 +115,11 @@ class ServingProcess:
         """The drain is over."""
 
     def on_reload(self) -> bool:
-        """SIGHUP came; true if certificates that were published are to be taken.
-
-        A terminal that is closed tells all processes, also where there are none.
-        """
+        """Whether certificates that were published are to be taken."""
         return self.certificates is not None
 
     def on_dump(self) -> None:
-        """SIGUSR1 came."""
+        """Writes what it is at to standard error."""
         dump_stacks()
 
 

@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 # Deadlines are found overdue this late at most; short deadlines are swept more often.
 SWEEP_S: Final = 0.25
 
+# A sweep that comes so much later than it should says that this process was stopped meanwhile.
+STOPPED_S: Final = 0.5
+
 # Between attempts to take certificates that are known to be good.
 RELOAD_RETRY_S: Final = 0.5
 
@@ -123,8 +126,10 @@ class CounterServer(PausingServer, StreamServer):
         if len(self.slots) > 1:
             self.max_accept = 1  # a burst is spread over the processes, not taken by the first
         super().__init__(listener, spawn=Pool(workers))
-        sweep_s = max(0.01, min(SWEEP_S, settings.frame_timeout_s / 4))
-        self._sweeper = self.loop.timer(sweep_s, sweep_s)
+        self._sweep_s = max(0.01, min(SWEEP_S, settings.frame_timeout_s / 4))
+        self._sweeper = self.loop.timer(self._sweep_s, self._sweep_s)
+        self._swept_at = time.monotonic()
+        self._has_slept = False
         self._before_waiting = self.loop.prepare()
 
     def start(self) -> None:
@@ -263,6 +268,11 @@ class CounterServer(PausingServer, StreamServer):
     def _sweep(self) -> None:
         """Keeps the deadlines of all connections; runs in the loop."""
         now = time.monotonic()
+        if self._was_stopped(now):
+            return
+        for connection in self.deadlines.overdue(now):
+            # What has come meanwhile may be the rest of it.
+            connection.on_readable()
         for connection in self.deadlines.overdue(now):
             self.refused(Ending.INCOMPLETE, f"{connection.peer()}: {connection.overdue()}")
             connection.end(Ending.INCOMPLETE)
@@ -272,6 +282,17 @@ class CounterServer(PausingServer, StreamServer):
             self.slot[WAITING] = waiting_connections(self.socket)
             if self.pool.full():
                 self._room.make(now)
+
+    def _was_stopped(self, now: float) -> bool:
+        """Whether this process stood still (docker pause, SIGSTOP, a suspended machine).
+
+        What its deadlines wait for may be in the sockets, and is taken before the next sweep. That
+        one judges, however late it is: a loop that is always late has its deadlines too.
+        """
+        is_late = now - self._swept_at > self._sweep_s + STOPPED_S
+        self._swept_at = now
+        self._has_slept = is_late and not self._has_slept
+        return self._has_slept
 
     def load_certificates(self) -> None:
         """Takes the certificates that were published last, for connections from now on."""
@@ -308,7 +329,10 @@ class CounterServer(PausingServer, StreamServer):
         self._is_draining = True
         ending = gevent.spawn(self._join, connections)
         either: list[Any] = [ending, cut]
+        deadline = time.monotonic() + timeout_s
         gevent.wait(either, timeout=timeout_s, count=1)
+        if time.monotonic() - deadline > STOPPED_S:
+            gevent.wait(either, timeout=STOPPED_S, count=1)  # as with a sweep
         ending.kill()
         gevent.killall(connections)
         self._lingering.close()

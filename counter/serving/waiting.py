@@ -56,7 +56,8 @@ class Waiting:
 
     def finish(self) -> list[Asked]:
         """What the commit held, which is over."""
-        under_way, self._under_way = self._under_way, []
+        under_way = self._under_way
+        self._under_way, self._marks_under_way = [], []
         return under_way
 
     def put_back(self) -> None:
@@ -65,7 +66,7 @@ class Waiting:
             again, marks = _still_owed(self._under_way, self._marks_under_way)
             self._marks = [*marks, *((at, len(again) + count) for at, count in self._marks)]
             self._asked[:0] = again
-            self._under_way = []
+            self._under_way, self._marks_under_way = [], []
 
     def withdraw_older(
         self, late_at: float, now: float, withdraw: Callable[[list[Asked]], None]

@@ -1,4 +1,4 @@
-"""How a command tells its result: on standard output, at once, and once.
+"""A command's standard streams, and how it tells its result: on standard output, at once, and once.
 
 What cannot be told is an OSError for whoever tells it; it knows what the result is worth.
 """
@@ -7,6 +7,23 @@ from __future__ import annotations
 
 import os
 import sys
+from io import TextIOWrapper
+
+
+def prepare_streams() -> None:
+    """Makes the standard streams such that whatever is said can be written; a command's first act.
+
+    A stream that was closed before the program began is nothing from here on: Python has None for
+    it, and its descriptor would go to the next file or socket, for others to write into. What the
+    encoding of a terminal lacks, or a file name has that is no text, is written as Python does.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)  # its own descriptor: the lowest that is free
+            setattr(sys, name, os.fdopen(nothing, mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def write_result(text: str) -> None:

@@ -7,10 +7,11 @@ whatever becomes of the files meanwhile. No ssl here: the master must not import
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
-import struct
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Final
@@ -21,7 +22,11 @@ from counter.tls.snapshot import CertificateError, Snapshot
 # How long the certificate files may take to be looked at, which is done in a helping process.
 CHECK_S: Final = 10.0
 
-_LENGTH = struct.Struct("=Q")
+# A text is replaced in microseconds; whoever meets that waits so often and so long.
+READ_ATTEMPTS: Final = 100
+READ_PAUSE_S: Final = 0.001
+
+_COUNT, _LENGTH = 0, 1  # cells: of changes, two for each; bytes of the text
 
 
 class Certificates:
@@ -31,10 +36,11 @@ class Certificates:
         self._files = cert_file, key_file, ca_file or ""
         self._shared = SharedText()
 
-    def load(self, check: Callable[[Snapshot], None]) -> None:
-        """Reads the files and publishes them if `check` finds nothing wrong.
+    def load(self, check: Callable[[Snapshot], str]) -> str:
+        """Reads the files and publishes them if `check` finds that they can be used.
 
-        CertificateError otherwise; what was published before is kept.
+        Gives back what is to be said of them, mostly nothing. CertificateError otherwise; what was
+        published before is kept.
         """
         cert, key, ca = self._files
         snapshot = Snapshot(
@@ -45,8 +51,9 @@ class Certificates:
             key_file=key,
             ca_file=ca,
         )
-        check(snapshot)
+        warning = check(snapshot)
         self._shared.publish(json.dumps(asdict(snapshot)))
+        return f"--tlsCert {cert}: {warning}, clients refuse it; renew it" if warning else ""
 
     def snapshot(self) -> Snapshot:
         """What was published last, by this process or the one that it was forked from."""
@@ -70,39 +77,45 @@ def _read(flag: str, name: str) -> str:
 class SharedText:
     """A text that one process writes and those forked from it read, never half of it.
 
-    Each text is put behind the ones before in a file in memory; then one aligned store says where
-    it begins. Whoever reads gets a whole one, whenever that is.
+    Only the last one is kept: a private key that was replaced is gone. A count that is odd while
+    the text is written tells readers that it has changed under them, and they read again.
     """
 
     def __init__(self) -> None:
         self._file = os.memfd_create("shared-text")
-        self._place = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
-        self._end = 0
+        self._cells = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
 
     def publish(self, text: str) -> None:
         """Replaces the text, for whoever reads it from now on."""
         data = text.encode()
-        os.pwrite(self._file, _LENGTH.pack(len(data)) + data, self._end)
-        self._place[0] = self._end
-        self._end += _LENGTH.size + len(data)
+        self._cells[_COUNT] += 1
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, data, 0)
+        self._cells[_LENGTH] = len(data)
+        self._cells[_COUNT] += 1
 
     def read(self) -> str:
-        """The text that was published last."""
-        place = self._place[0]
-        (length,) = _LENGTH.unpack(os.pread(self._file, _LENGTH.size, place))
-        return os.pread(self._file, length, place + _LENGTH.size).decode()
+        """The text that was published last; BlockingIOError if it is still being written."""
+        for _ in range(READ_ATTEMPTS):
+            count, length = self._cells[_COUNT], self._cells[_LENGTH]
+            data = os.pread(self._file, length, 0)
+            if count % 2 == 0 and self._cells[_COUNT] == count:
+                return data.decode()
+            time.sleep(READ_PAUSE_S)
+        raise BlockingIOError(errno.EAGAIN, "the certificates are being replaced")
 
 
-def check_here(snapshot: Snapshot) -> None:
-    """CertificateError if these certificates cannot be used."""
-    from counter.tls.contexts import server_context
+def check_here(snapshot: Snapshot) -> str:
+    """What clients hold against these certificates; CertificateError if they cannot be used."""
+    from counter.tls.contexts import invalid_now, server_context
 
     server_context(snapshot)
+    return invalid_now(snapshot)
 
 
-def check_aside(snapshot: Snapshot) -> None:
+def check_aside(snapshot: Snapshot) -> str:
     """The same by a helping process: the one that is still to fork must not import ssl."""
     try:
-        ask_child(lambda: check_here(snapshot), CHECK_S, raises=(CertificateError,))
+        return ask_child(lambda: check_here(snapshot), CHECK_S, raises=(CertificateError,))
     except ChildError as error:
         raise CertificateError(f"--tlsCert {snapshot.cert_file}: {error}") from None

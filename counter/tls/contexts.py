@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import ssl
+from dataclasses import replace
 from typing import IO, Final
 
 from counter.options.client import ClientSettings
-from counter.tls.session import reason
+from counter.tls.session import Session, TlsError, reason
 from counter.tls.snapshot import CertificateError, Snapshot
 
 # What OpenSSL says of files that are something else, or not whole.
@@ -31,7 +32,12 @@ def server_context(snapshot: Snapshot) -> ssl.SSLContext:
     # The ssl module takes files alone.
     with _memory_file(snapshot.cert) as cert, _memory_file(snapshot.key) as key:
         files = f"--tlsCert {snapshot.cert_file} with --tlsKey {snapshot.key_file}"
+        if not os.path.exists(_path(cert)):
+            raise CertificateError(
+                f"{files}: TLS needs /proc, by which OpenSSL gets the key; mount it"
+            )
         _load_chain(context, _path(cert), _path(key), files)
+    _trust_intermediates(context)
     if snapshot.ca_file:
         try:
             context.load_verify_locations(cadata=snapshot.ca)
@@ -48,16 +54,63 @@ def client_context(settings: ClientSettings) -> ssl.SSLContext:
     Without --tlsCA the system's authorities are trusted. CertificateError if a file cannot be used.
     """
     ca, cert, key = settings.tls_ca, settings.tls_cert, settings.tls_key
+    _check_key_log()
     try:
         context = ssl.create_default_context(cafile=ca)
     except (OSError, ValueError) as error:
         raise CertificateError(f"--tlsCA {ca}: {_explained(_text(error))}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _trust_intermediates(context)
     if cert:
         if not key and _is_without_key(cert):
             raise CertificateError(f"--tlsCert {cert} has no private key in it; give --tlsKey")
         _load_chain(context, cert, key, f"--tlsCert {cert} with --tlsKey {key or cert}")
     return context
+
+
+def invalid_now(snapshot: Snapshot) -> str:
+    """What makes clients refuse a server's certificate at this time, empty if nothing does: that it
+    has expired, or is not yet valid.
+
+    It is asked of OpenSSL, by a handshake with a client that trusts this certificate alone.
+    """
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.load_verify_locations(cadata=snapshot.cert)
+    _trust_intermediates(client)
+    near, far = Session(client, "localhost"), Session(_without_client_ca(snapshot))
+    try:
+        near.start()
+        for _ in range(2):  # flights each way
+            far.receive(near.outgoing())
+            near.receive(far.outgoing())
+    except TlsError as error:
+        for words in ("has expired", "not yet valid"):
+            if words in str(error):
+                return f"it {'is ' * (words != 'has expired')}{words}"
+    return ""
+
+
+def _without_client_ca(snapshot: Snapshot) -> ssl.SSLContext:
+    return server_context(replace(snapshot, ca="", ca_file=""))
+
+
+def _trust_intermediates(context: ssl.SSLContext) -> None:
+    """An authority that is given to be trusted is, though another has signed it. What is trusted
+    without being given are roots."""
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+
+
+def _check_key_log() -> None:
+    """The ssl module opens this file of its own accord, and fails without naming it."""
+    name = os.environ.get("SSLKEYLOGFILE")
+    if not name:
+        return
+    try:
+        open(name, "a").close()
+    except (OSError, ValueError) as error:
+        remedy = "unset it, or name a file that can be written"
+        raise CertificateError(f"SSLKEYLOGFILE {name}: {_text(error)}; {remedy}") from None
 
 
 def _is_without_key(cert: str) -> bool:

@@ -253,7 +253,7 @@ class SqliteStore(Store):
 def _connect(path: str, mode: str) -> sqlite3.Connection:
     """An open database; the caller of a store is one thread at a time, not always the same."""
     db = sqlite3.connect(
-        f"file:{quote(path)}?mode={mode}",
+        f"file:{quote(os.fsencode(path))}?mode={mode}",
         uri=True,
         timeout=BUSY_S,
         isolation_level=None,

@@ -24,6 +24,25 @@ from protocol import parse_address
 
 PASSPHRASE = "secret of the tests"
 
+# What a verifier that is strict about RFC 5280 demands, as Python's own default is since 3.13.
+AUTHORITY = """\
+[req]
+distinguished_name=name
+x509_extensions=authority
+[name]
+[authority]
+basicConstraints=critical,CA:TRUE
+keyUsage=critical,keyCertSign,cRLSign
+subjectKeyIdentifier=hash
+"""
+LEAF = """\
+basicConstraints=critical,CA:FALSE
+keyUsage=critical,digitalSignature
+extendedKeyUsage=serverAuth,clientAuth
+subjectKeyIdentifier=hash
+authorityKeyIdentifier=keyid
+"""
+
 _numbers = itertools.count(1)
 
 
@@ -56,6 +75,11 @@ class Kit:
         self.mismatched = Pair(self.server.cert, self.client.key)
         self.encrypted = Pair(self.server.cert, self._encrypt(self.server.key))
 
+    def authority_below(self, name: str) -> Pair:
+        """A new authority that the kit's own has signed."""
+        extensions = AUTHORITY.partition("[authority]\n")[2] + "authorityKeyIdentifier=keyid\n"
+        return self._sign(name, self.ca, extensions, is_expired=False)
+
     def issue(
         self,
         name: str,
@@ -64,10 +88,13 @@ class Kit:
         is_expired: bool = False,
     ) -> Pair:
         """A new certificate with a new key."""
-        authority = authority or self.ca
+        extensions = f"{LEAF}subjectAltName={names}\n"
+        return self._sign(name, authority or self.ca, extensions, is_expired)
+
+    def _sign(self, name: str, authority: Pair, extensions: str, is_expired: bool) -> Pair:
         pair = self._files(name)
         request, extension = pair.cert.with_suffix(".csr"), pair.cert.with_suffix(".ext")
-        extension.write_text(f"subjectAltName={names}\n")
+        extension.write_text(extensions)
         self._key(pair.key)
         openssl("req", "-new", "-key", pair.key, "-subj", f"/CN={name}", "-out", request)
         database = pair.cert.with_suffix(".index")
@@ -88,9 +115,11 @@ class Kit:
 
     def _authority(self, name: str) -> Pair:
         pair = self._files(name)
+        config = pair.cert.with_suffix(".cnf")
+        config.write_text(AUTHORITY)
         self._key(pair.key)
         openssl(
-            *("req", "-x509", "-new", "-key", pair.key, "-subj", f"/CN={name}"),
+            *("req", "-x509", "-new", "-config", config, "-key", pair.key, "-subj", f"/CN={name}"),
             *("-days", "30", "-out", pair.cert),
         )
         return pair
@@ -131,8 +160,12 @@ def trusting(
     own: Pair | None = None,
     version: ssl.TLSVersion | None = None,
 ) -> ssl.SSLContext:
-    """A client's context that trusts an authority, the kit's unless it is given."""
+    """A client's context that trusts an authority, the kit's unless it is given.
+
+    It is as strict on every Python as the default is since 3.13.
+    """
     context = ssl.create_default_context(cafile=str(ca or kit().ca.cert))
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
     if own:
         context.load_cert_chain(own.cert, own.key)
     if version:

@@ -9,34 +9,31 @@ from __future__ import annotations
 
 import socket
 import threading
-from contextlib import suppress
-from types import TracebackType
 
-from kit.harness import PATIENCE_S
+from kit.harness import PATIENCE_S, ScriptedServer
 
 _LARGEST = 1 << 16
 _COMMIT = b":writer:"  # in the name of a key, of no command but a commit
+_PROBE = b"$1\r\n0\r\n"  # adds 0, which is not asked for again
 _APPLIED = b"$24\r\n"  # how the reply to a commit begins that is applied
 
 
-class FaultProxy:
+class FaultProxy(ScriptedServer):
     """Passes on what servers and the Redis at `port` say to each other, but for what it is told.
 
     A commit is known by its bytes: a server that asks for it again sends the same.
     """
 
     def __init__(self, port: int) -> None:
+        super().__init__(self._live)
+        self.url = f"redis://{self.address}/0"
         self._port = port
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
-        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
         self._changed = threading.Condition()
         self._to_cut = 0
         self._to_hold = 0
         self._behind = 0
         self._held: dict[bytes, int] = {}  # commits that were answered since it was asked for again
         self._ending = False
-        self._sockets: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self.cuts = 0  # applied commits whose reply was thrown away
         self.duplicates = 0  # commits that Redis got for the second time, from a dead connection
 
@@ -51,23 +48,11 @@ class FaultProxy:
         with self._changed:
             self._to_hold, self._behind = 1, behind
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(("127.0.0.1", self._port), PATIENCE_S)
+    def _live(self, near: socket.socket) -> None:
+        with socket.create_connection(("127.0.0.1", self._port), PATIENCE_S) as far:
+            self._open.append(far)
             for sock in (near, far):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            thread = threading.Thread(target=self._live, args=(near, far), daemon=True)
-            with self._changed:
-                self._sockets += [near, far]
-                self._threads.append(thread)
-                thread.start()
-
-    def _live(self, near: socket.socket, far: socket.socket) -> None:
-        with near, far, suppress(OSError):
             while command := near.recv(_LARGEST):
                 if self._is_to_be_held(command):
                     near.close()
@@ -83,7 +68,7 @@ class FaultProxy:
 
     def _is_to_be_held(self, command: bytes) -> bool:
         with self._changed:
-            if not self._to_hold or _COMMIT not in command:
+            if not self._to_hold or _COMMIT not in command or _PROBE in command:
                 return False
             self._to_hold = 0
             self._held[command] = -1
@@ -117,24 +102,8 @@ class FaultProxy:
                 with self._changed:
                     self.duplicates += 1
 
-    def __enter__(self) -> FaultProxy:
-        self._threads[0].start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._threads[0].join(PATIENCE_S)
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._ending = True
             self._changed.notify_all()
-        for sock in self._sockets:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
+        super().__exit__()

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Self
 
 from protocol import REPLY_SIZE, decode_totals, encode_frame, parse_address
@@ -109,12 +108,7 @@ class Command:
     def __enter__(self) -> Command:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, *_: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -221,14 +215,16 @@ def receive_exactly(sock: socket.socket, size: int) -> bytes:
 
 
 class ScriptedServer:
-    """A server that does what a test says: `script` runs in a thread for each connection."""
+    """A server that does what a test says: `script` runs in a thread for each connection.
+
+    At the end it hangs up on all that are left, and every script has to end by that.
+    """
 
     def __init__(self, script: Callable[[socket.socket], object]) -> None:
         self._script = script
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
         self._open: list[socket.socket] = []
 
     def _accept(self) -> None:
@@ -246,22 +242,20 @@ class ScriptedServer:
         with sock, contextlib.suppress(OSError, AssertionError):
             self._script(sock)
 
-    def __enter__(self) -> ScriptedServer:
+    def __enter__(self) -> Self:
+        self._threads[0].start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join(PATIENCE_S)  # then no other thread begins
         self._listener.close()
         for sock in self._open:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(PATIENCE_S)
+            assert not thread.is_alive(), "a script goes on though its connection has ended"
 
 
 class Peer:
@@ -303,12 +297,7 @@ class Peer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -356,8 +345,10 @@ def _stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-def run_in_terminal(*arguments: str) -> tuple[subprocess.Popen[bytes], int]:
-    """A command of the project with a terminal of its own; gives back the terminal's other end."""
+@contextmanager
+def run_in_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A command of the project with a terminal of its own, ended at the end; and the terminal's
+    other end."""
     terminal, inside = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -369,4 +360,17 @@ def run_in_terminal(*arguments: str) -> tuple[subprocess.Popen[bytes], int]:
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
     )
     os.close(inside)
-    return process, terminal
+    try:
+        yield process, terminal
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
+def read_terminal_until(terminal: int, text: str) -> str:
+    """What a terminal shows up to a text, and what it shows at once with it."""
+    shown = ""
+    while text not in shown:
+        shown += os.read(terminal, 4096).decode()
+    return shown

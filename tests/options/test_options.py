@@ -23,13 +23,14 @@ from counter.options.server import ServerSettings
 from counter.options.values import (
     LONGEST_S,
     Address,
-    Amounts,
+    AmountRange,
     Seconds,
     StoreAddress,
     masked,
     parse_seconds,
     parse_thresholds,
 )
+from counter.system.version import VERSION
 from kit.harness import ROOT
 
 PROPERTY = settings(deadline=None, derandomize=True)
@@ -69,7 +70,7 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "warmup_s": ("250ms", 0.25, "3m"),
     "pipeline": ("16", 16, "17"),
     "rate": ("2500.5", 2500.5, "10"),
-    "amount": ("1-1000", Amounts(1, 1000), "5"),
+    "amount": ("1-1000", AmountRange(1, 1000), "5"),
     "processes": ("2", 2, "3"),
     "add": ("5", 5, "6"),
     "read": ("true", True, "false"),
@@ -269,6 +270,27 @@ def test_a_bad_value_in_the_environment_names_the_variable(
     assert option.variable in read_refusal(capsys, option.record, [], {option.variable: "?!"})
 
 
+@pytest.mark.parametrize("empty", ["", "\r", "\n", "\r\n"])
+@every_option
+def test_an_empty_variable_is_unset(option: Option, empty: str, tmp_path: Path) -> None:
+    """Container engines set `NAME=` for what was not given."""
+    text, value, _ = EXAMPLES[option.name]
+    path = write_config(tmp_path, f"{option.flag.lstrip('-')} = {text}")
+    environment = {option.variable: empty, f"{PREFIXES[option.record]}CONFIG": empty}
+    assert read(option.record, [], environment) == option.record()
+    settings = read(option.record, ["--config", path, *option.beside], environment)
+    assert getattr(settings, option.name) == value
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+@every_option
+def test_a_line_end_behind_a_variable_is_none_of_its_value(option: Option, end: str) -> None:
+    """Docker keeps the carriage return of an env file, Kubernetes the newline of a secret."""
+    text, value, _ = EXAMPLES[option.name]
+    settings = read(option.record, option.beside, {option.variable: text + end})
+    assert getattr(settings, option.name) == value
+
+
 def test_the_config_file_can_be_named_in_the_environment(tmp_path: Path) -> None:
     path = write_config(tmp_path, "port = 9000")
     assert read_server(COUNTER_SERVER_CONFIG=path).port == 9000
@@ -277,6 +299,33 @@ def test_the_config_file_can_be_named_in_the_environment(tmp_path: Path) -> None
 def test_the_config_file_takes_comments_and_empty_lines(tmp_path: Path) -> None:
     path = write_config(tmp_path, "# the port", "", "port = 9000  # of the counter", "; end")
     assert read_server("--config", path) == read_server("--port", "9000")
+
+
+def test_the_config_file_may_come_from_windows(tmp_path: Path) -> None:
+    """Its editors write a byte order mark first, and carriage returns at the ends of lines."""
+    path = tmp_path / "counter.conf"
+    path.write_bytes("\ufeffport = 9000\r\nstore = sqlite:é.db\r\n\r\nforce\r\n".encode())
+    settings = read_server("--config", str(path))
+    assert (settings.port, settings.store.path, settings.force) == (9000, "é.db", True)
+
+
+FILES = [option for option in OPTIONS if option.declared.metadata["metavar"] == "FILE"]
+
+
+@pytest.mark.parametrize("option", FILES, ids=str)
+@pytest.mark.parametrize("name", ["", "name\r", "name\n"])
+def test_a_file_name_is_refused_that_is_none_or_ends_unseen(
+    option: Option, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = read_refusal(capsys, option.record, [f"{option.flag}={name}", *option.beside])
+    assert f"argument {option.flag}" in line
+
+
+@pytest.mark.parametrize("name", ["", "name\r"])
+def test_so_is_such_a_name_of_the_config_file(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "argument --config: " in read_refusal(capsys, ServerSettings, [f"--config={name}"])
 
 
 def test_the_last_of_several_equal_flags_counts() -> None:
@@ -415,17 +464,17 @@ def test_a_printed_duration_is_read_back_the_same(seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "amounts"),
+    ("text", "amount"),
     [
-        ("1", Amounts(1, 1)),
-        ("0", Amounts(0, 0)),
-        ("1-1000", Amounts(1, 1000)),
-        ("7-7", Amounts(7, 7)),
-        ("0-18446744073709551615", Amounts(0, 2**64 - 1)),
+        ("1", AmountRange(1, 1)),
+        ("0", AmountRange(0, 0)),
+        ("1-1000", AmountRange(1, 1000)),
+        ("7-7", AmountRange(7, 7)),
+        ("0-18446744073709551615", AmountRange(0, 2**64 - 1)),
     ],
 )
-def test_an_amount_is_a_number_or_a_range(text: str, amounts: Amounts) -> None:
-    assert read_client("--amount", text).amount == amounts
+def test_an_amount_is_a_number_or_a_range(text: str, amount: AmountRange) -> None:
+    assert read_client("--amount", text).amount == amount
 
 
 @pytest.mark.parametrize(
@@ -543,6 +592,21 @@ def test_processes_are_whole_cpus_and_never_more_than_workers(
     assert settings.process_count(cpus) == processes
 
 
+@pytest.mark.parametrize(
+    ("arguments", "planned_duration_s"),
+    [
+        ([], 60),
+        (["--duration", "5s"], 5),
+        (["--requests", "100"], None),
+        (["--requests", "100", "--duration", "5s"], 5),
+    ],
+)
+def test_a_run_that_nothing_bounds_is_planned_for_a_minute(
+    arguments: list[str], planned_duration_s: float | None
+) -> None:
+    assert read_client(*arguments).planned_duration_s == planned_duration_s
+
+
 # Refusals
 
 
@@ -633,6 +697,15 @@ def test_a_bad_value_in_the_file_names_the_file_and_the_key(
         line = read_refusal(capsys, option.record, ["--config", path])
         assert line.startswith(f"{PROGRAMS[option.record]}: argument {option.flag}")
         assert f"(from file {path})" in line
+
+
+def test_a_config_file_that_is_missing_is_named_with_its_variable(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = read_refusal(capsys, ServerSettings, [], {"COUNTER_SERVER_CONFIG": "/missing"})
+    assert "/missing" in line
+    assert "(from environment COUNTER_SERVER_CONFIG)" in line
+    assert "from environment" not in read_refusal(capsys, ServerSettings, ["--config", "/missing"])
 
 
 def test_what_kubernetes_sets_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -786,7 +859,7 @@ def test_printed_settings_are_a_config_file_of_the_same_settings(
 
 @pytest.mark.parametrize(
     "name",
-    ["run 1.json", "run #1.json", "a ;b", "'run'.json", '"run"', "a=b:c", "", " "],
+    ["run 1.json", "run #1.json", "a ;b", "'run'.json", '"run"', "a=b:c", " "],
 )
 def test_a_file_name_is_printed_so_that_it_is_read_back(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -798,8 +871,36 @@ def test_a_file_name_is_printed_so_that_it_is_read_back(
 def test_a_file_name_with_line_ends_is_printed_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    page = read_printed(capsys, ClientSettings, ["--json", "a\nprocesses = 2\r", "--printConfig"])
-    assert r'json = "a\nprocesses = 2\r"  # command line' in page.splitlines()
+    page = read_printed(capsys, ClientSettings, ["--json", "a\nprocesses = 2\r#", "--printConfig"])
+    assert r'json = "a\nprocesses = 2\r#"  # command line' in page.splitlines()
+
+
+# Help and version
+
+
+@pytest.mark.parametrize("record", PROGRAMS)
+def test_the_version_is_that_of_the_program(
+    record: type[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_printed(capsys, record, ["--version"]) == f"counter {VERSION}\n"
+    assert "--version " in read_printed(capsys, record, ["--help"])
+
+
+@pytest.mark.parametrize("record", PROGRAMS)
+@pytest.mark.parametrize("flag", ["--help", "-h", "--version"])
+@pytest.mark.parametrize("bad", ["PROCESSES", "CONFIG"])
+def test_a_bad_environment_hides_neither_help_nor_version(
+    record: type[Any], flag: str, bad: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_printed(capsys, record, [flag], {PREFIXES[record] + bad: "/missing"})
+
+
+def test_the_version_is_asked_for_on_the_command_line_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_server(COUNTER_SERVER_VERSION="1.4.2") == ServerSettings()
+    path = write_config(tmp_path, "version = true")
+    assert "argument --version" in read_refusal(capsys, ServerSettings, ["--config", path])
 
 
 # Values that exclude or need each other
@@ -822,6 +923,18 @@ def test_values_that_contradict_are_refused_and_can_be_printed(
 ) -> None:
     assert f"{PROGRAMS[record]}: {words}" in read_refusal(capsys, record, arguments)
     assert "not set" in read_printed(capsys, record, [*arguments, "--printConfig"])
+
+
+def test_a_contradiction_names_where_values_came_from_that_were_not_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = {"COUNTER_CLIENT_READ": "true"}
+    line = read_refusal(capsys, ClientSettings, ["--add", "1"], environment)
+    assert "(--read is from environment COUNTER_CLIENT_READ)" in line
+    path = write_config(tmp_path, "tlsCert = a.pem")
+    line = read_refusal(capsys, ServerSettings, ["--config", path], {})
+    assert f"(--tlsCert is from file {path})" in line
+    assert " is from " not in read_refusal(capsys, ClientSettings, ["--add", "1", "--read"])
 
 
 @pytest.mark.parametrize(
@@ -861,7 +974,7 @@ def test_a_report_that_the_environment_asks_of_every_load_does_not_hinder_a_read
 
 
 @pytest.mark.parametrize("program", ["server.py", "client.py"])
-@pytest.mark.parametrize("flag", ["--help", "--printConfig"])
+@pytest.mark.parametrize("flag", ["--help", "--version", "--printConfig"])
 def test_what_cannot_be_shown_is_exit_1_in_one_line_or_none(program: str, flag: str) -> None:
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
@@ -883,6 +996,47 @@ def test_what_cannot_be_shown_is_exit_1_in_one_line_or_none(program: str, flag: 
 @pytest.mark.parametrize("program", ["server.py", "client.py"])
 def test_a_command_without_its_packages_says_what_to_install(program: str) -> None:
     ran = subprocess.run([sys.executable, "-S", program, "--help"], cwd=ROOT, capture_output=True)
-    assert ran.returncode == 1
+    assert ran.returncode == 2
     line = rf"{program}: \w+ is not installed; pip install -r requirements\.txt\n"
     assert re.fullmatch(line, ran.stderr.decode())
+
+
+@pytest.mark.parametrize("program", ["server.py", "client.py"])
+@pytest.mark.parametrize("how", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--printConfig", 0), ("--nope", 2)])
+def test_closed_streams_change_no_exit_code(program: str, how: str, flag: str, code: int) -> None:
+    ran = subprocess.run(
+        ["sh", "-c", f'exec "$0" "$@" {how}', sys.executable, program, flag],
+        cwd=ROOT,
+        capture_output=True,
+    )
+    assert (ran.returncode, b"Traceback" in ran.stderr) == (code, False)
+
+
+@pytest.mark.parametrize("program", ["server.py", "client.py"])
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--printConfig", 0), ("--né", 2)])
+def test_what_an_encoding_lacks_hinders_no_word(
+    program: str, encoding: str, flag: str, code: int
+) -> None:
+    variables = {"PYTHONIOENCODING": encoding, "COUNTER_SERVER_TLS_CLIENT_CA": "é€"}
+    ran = subprocess.run(
+        [sys.executable, program, flag],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+    )
+    assert (ran.returncode, b"Traceback" in ran.stderr) == (code, False)
+    assert ran.stderr if code else ran.stdout
+
+
+@pytest.mark.parametrize("program", ["server.py", "client.py"])
+@pytest.mark.parametrize("flag", ["-P", "-I"])
+def test_a_command_finds_its_own_modules_where_python_searches_no_folder_of_its_own(
+    program: str, flag: str, tmp_path: Path
+) -> None:
+    (tmp_path / "counter.py").write_text("raise SystemExit('a stranger was imported')")
+    ran = subprocess.run(
+        [sys.executable, flag, ROOT / program, "--version"], cwd=tmp_path, capture_output=True
+    )
+    assert (ran.returncode, ran.stdout) == (0, f"counter {VERSION}\n".encode())

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from counter.options.values import StoreAddress, parse_store
+from counter.options.values import StoreAddress, parse_path, parse_store
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,9 @@ def test_a_store_is_read_as_it_is_written(text: str, address: StoreAddress) -> N
         ("sqlite", "is not a store"),
         ("sqlite:", "is not a store"),
         ("sqlite::memory:", "is not a store"),
+        ("sqlite:///counter.db", "is a URL; write sqlite:PATH for"),
+        ("sqlite:////data/counter.db", "sqlite:/PATH for one from the root"),
+        ("sqlite://counter.db", "is a URL; write sqlite:PATH for"),
         ("counter.db", "is not a store"),
         ("postgres://host/0", "is not a store"),
         ("unix:///run/redis.sock", "is not a store"),
@@ -107,6 +110,26 @@ def test_a_refusal_of_a_store_shows_no_password(text: str) -> None:
         parse_store(text)
     assert "hunter2" not in str(caught.value)
     assert "***" in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\t", "\0", "\x1b", "\x7f", "\x85"])
+def test_a_path_that_ends_in_a_control_character_is_refused(end: str) -> None:
+    """A line end that was left there makes another file of it than whoever reads it sees."""
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        parse_path(f"counter.db{end}")
+    assert repr(f"counter.db{end}") in str(caught.value)
+    with pytest.raises(argparse.ArgumentTypeError, match="ends in a control character"):
+        parse_store(f"sqlite:counter.db{end}")
+
+
+@pytest.mark.parametrize("text", ["counter.db", "a b", "a\rb", " ", "-", "caf\u00e9", "\udce9"])
+def test_any_other_path_is_taken_as_it_is(text: str) -> None:
+    assert parse_path(text) == text
+
+
+def test_an_empty_path_is_refused() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="the file name is empty"):
+        parse_path("")
 
 
 def test_a_store_is_shown_without_its_password() -> None:

@@ -272,9 +272,9 @@ os.write(9, b'x')
 if 1 < tries < 6: os._exit(3)
 ready()
 if tries >= 6: os.kill(os.getppid(), signal.SIGTERM)
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 if tries == 1: time.sleep(0.2); os._exit(1)
-while True: time.sleep(60)
+orders.wait()
+os._exit(0)
 """
     ran = run_master(
         serve,
@@ -289,13 +289,13 @@ import os, signal, sys, time
 from counter.processes.child import Child
 from counter.processes.master import CannotBoot, Master
 
-def serve(index, ready):
+def serve(index, orders, ready):
 {serve}
 
 class Serving(Child):
     name = "serving process"
     def __init__(self, index): self.index = index
-    def live(self, ready): return serve(self.index, ready)
+    def live(self, orders, ready): return serve(self.index, orders, ready)
 
 class Program:
     def on_ready(self): print("ready", flush=True)
@@ -314,8 +314,12 @@ except CannotBoot as error:
 
 def run_master(serve: str, before: str = "") -> subprocess.CompletedProcess[str]:
     indented = "\n".join("    " + line for line in serve.splitlines())
+    return run_script(before + MASTER.format(serve=indented))
+
+
+def run_script(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", before + MASTER.format(serve=indented)],
+        [sys.executable, "-c", script],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -339,21 +343,13 @@ def test_a_failed_fork_at_the_start_says_so_and_what_to_do() -> None:
         "master = ",
         "def fork(): raise OSError(11, 'no process left')\nos.fork = fork\nmaster = ",
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    ran = run_script(script)
     assert ran.returncode == 3
     assert "cannot fork serving process 1 of 2: no process left; raise the limit" in ran.stdout
 
 
 def test_a_process_that_does_not_end_is_killed_at_the_deadline() -> None:
     serve = """
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
 ready()
 if index: os.kill(os.getppid(), signal.SIGTERM)
 while True: time.sleep(60)
@@ -370,31 +366,23 @@ def test_one_that_dies_before_it_is_ready_is_tried_again_more_slowly() -> None:
 if index == 0:
     ready()
     os.write(8, b'x')
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    while True: time.sleep(60)
+    orders.wait()
+    os._exit(0)
 while not os.path.getsize('/proc/self/fd/8'): time.sleep(0.01)
 time.sleep(0.2)  # the master has seen that the other is ready
 count = os.path.getsize('/proc/self/fd/9')
 os.write(9, b'x')
 if count < 3: os._exit(1)
 ready()
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 os.kill(os.getppid(), signal.SIGTERM)
-while True: time.sleep(60)
+orders.wait()
+os._exit(0)
 """
-    script = MASTER.format(serve="\n".join("    " + line for line in serve.splitlines()))
-    script = (
+    before = (
         "import os, logging\nlogging.basicConfig()\n"
-        "os.dup2(os.memfd_create('ready'), 8)\nos.dup2(os.memfd_create('tries'), 9)\n" + script
+        "os.dup2(os.memfd_create('ready'), 8)\nos.dup2(os.memfd_create('tries'), 9)\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    ran = run_master(serve, before)
     assert ran.returncode == 0, ran.stderr
     delays = re.findall(r"another is tried in ([\d.]+) s", ran.stderr)
     assert delays == ["0.1", "0.2", "0.4"]

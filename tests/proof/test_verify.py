@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counter.proof import gaps
-from counter.proof.verify import EXPLAINED, IMPOSSIBLE, PROVED, UNDECIDED, History, Proof, verify
+from counter.proof.history import (
+    EXPLAINED,
+    IMPOSSIBLE,
+    PROVED,
+    UNDECIDED,
+    History,
+    Verdict,
+)
+from counter.proof.verify import verify
 
 TOP = 2**64
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)
@@ -50,7 +58,9 @@ def history(ops: Sequence[Op], before: int | None = 0, after: int | None = 0) ->
     )
 
 
-def judge(ops: Sequence[Op], before: int | None, after: int | None, shared: bool = False) -> Proof:
+def judge(
+    ops: Sequence[Op], before: int | None, after: int | None, shared: bool = False
+) -> Verdict:
     return verify(history(ops, before, after), shared)
 
 
@@ -132,7 +142,7 @@ def test_without_the_total_after_what_is_impossible_still_is() -> None:
 
 def test_records_that_are_missing_leave_it_undecided_but_excuse_no_overlap() -> None:
     whole = history([Op(0, 1, 1, 1), Op(0, 1, 1, 3)], 0, 3)
-    assert verify(whole, missing="a load process died") == Proof(UNDECIDED, "a load process died")
+    assert verify(whole, missing="a load process died") == Verdict(UNDECIDED, "a load process died")
     overlapping = history([Op(0, 1, 2, 2), Op(0, 1, 2, 3)], 0, 3)
     assert verify(overlapping, missing="a load process died").word == IMPOSSIBLE
 

@@ -84,7 +84,7 @@ def test_a_bad_threshold_is_exit_2_before_anything_is_connected_to() -> None:
 
 @pytest.mark.parametrize("name", ["json", "html", "hgrm"])
 def test_a_file_that_cannot_be_written_is_found_before_the_run(name: str, tmp_path: Path) -> None:
-    for file in ("/no/such/folder/run", str(tmp_path), ""):
+    for file in ("/no/such/folder/run", str(tmp_path)):
         code, _, errors = run_client("127.0.0.1:1", f"--{name}", file)
         assert code == 2, errors
         assert errors.startswith(f"client.py: --{name} {file}: ")

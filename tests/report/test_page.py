@@ -12,11 +12,12 @@ import pytest
 
 from counter.options.client import ClientSettings
 from counter.options.values import Address, parse_thresholds
-from counter.proof.verify import Proof
+from counter.proof.history import Verdict
 from counter.report.charts import even_ticks, format_count, log_ticks, nines_of
 from counter.report.page import Conditions, as_html
 from counter.report.thresholds import hold
-from counter.results.result import Histogram, Result
+from counter.results.histogram import Histogram
+from counter.results.result import Result
 from counter.results.timeline import Interval, Timeline
 
 CONDITIONS = Conditions(
@@ -30,8 +31,8 @@ def make_result(intervals: int = 60, longest_ns: int = 20_000_000) -> Result:
     line = []
     for second in range(intervals):
         part = Histogram()
-        part.record(1_000_000 + second * 10_000, 999)
-        part.record(longest_ns)
+        part.count(1_000_000 + second * 10_000, 999)
+        part.count(longest_ns)
         result.latencies.merge(part)
         line.append(Interval(1.0, {bucket: n for bucket, n in enumerate(part.counts) if n}))
     result.timeline = Timeline(0, 1.0, line)
@@ -133,7 +134,7 @@ def test_the_page_says_what_the_run_found_and_under_what_conditions() -> None:
 )
 def test_a_proof_is_among_the_verdicts(word: str, kind: str) -> None:
     result = make_result()
-    result.proof = Proof(word, "so it is")
+    result.proof = Verdict(word, "so it is")
     assert f'class="verdict {kind}"><b>Proof</b>&ensp;{result.proof}</p>' in page_of(result)
 
 
@@ -203,7 +204,7 @@ def test_an_interval_without_an_answer_is_a_gap_and_no_error() -> None:
 
 def test_a_run_of_times_below_a_microsecond_is_drawn() -> None:
     result = Result(measured=10, elapsed_s=1.0)
-    result.latencies.record(0, 10)
+    result.latencies.count(0, 10)
     counts = {0: 10}
     result.timeline = Timeline(0, 0.5, [Interval(0.5, counts), Interval(0.5, {})])
     read_page(page_of(result))

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counter.report.percentiles import as_hgrm, moments, percentile_steps
-from counter.results.result import Histogram, Result
+from counter.results.histogram import Histogram
+from counter.results.result import Result
 from counter.results.timeline import Interval, Timeline
 
 PROPERTY = settings(deadline=None, derandomize=True)
@@ -40,7 +41,7 @@ def test_the_percentiles_are_written_as_the_hdrhistogram_package_does(
 ) -> None:
     ours = Histogram()
     for time_ns, count in times.items():
-        ours.record(time_ns, count)
+        ours.count(time_ns, count)
     written, expected = as_hgrm(ours), write_by_package(times)
     assert _rows(written) == _rows(expected)
     assert written.splitlines()[:2] == expected.splitlines()[:2], "the head and an empty line"
@@ -52,8 +53,8 @@ def _rows(text: str) -> list[str]:
 
 def test_the_footer_has_mean_deviation_maximum_and_buckets_in_milliseconds() -> None:
     histogram = Histogram()
-    histogram.record(1_000_000)
-    histogram.record(3_000_000)
+    histogram.count(1_000_000)
+    histogram.count(3_000_000)
     assert as_hgrm(histogram).splitlines()[-3:] == [
         "#[Mean    =        2.000, StdDeviation   =        0.998]",
         "#[Max     =        3.000, Total count    =            2]",
@@ -65,7 +66,7 @@ def test_a_plotter_finds_four_numbers_in_every_row_but_the_last() -> None:
     """HdrHistogram's plotter takes rows of four columns, and leaves out what is no number."""
     histogram = Histogram()
     for time_ns in range(1_000_000, 60_000_000, 7001):
-        histogram.record(time_ns)
+        histogram.count(time_ns)
     *rows, last = _rows(as_hgrm(histogram))
     columns = [[float(word) for word in row.split()] for row in rows]
     assert {len(row) for row in columns} == {4}
@@ -87,8 +88,8 @@ def test_the_course_of_a_run_has_percentiles_of_each_interval() -> None:
     intervals = []
     for time_ns, count in ((1000, 99), (2_000_000, 100)):
         part = Histogram()
-        part.record(time_ns, count)
-        part.record(3_000_001)
+        part.count(time_ns, count)
+        part.count(3_000_001)
         result.latencies.merge(part)
         counts = {bucket: count for bucket, count in enumerate(part.counts) if count}
         intervals.append(Interval(0.5, counts))

@@ -9,13 +9,14 @@ import pytest
 
 from counter.options.client import ClientSettings
 from counter.report.progress import ProgressBar, RecentRate, Standing, format_left, standing
-from counter.results.result import Histogram, Result
+from counter.results.histogram import Histogram
+from counter.results.result import Result
 
 
 def measured(requests: int, elapsed_s: float = 0.0) -> Result:
     """A run so far, each request of 1 ms."""
     latencies = Histogram()
-    latencies.record(1_000_000, requests)
+    latencies.count(1_000_000, requests)
     return Result(latencies=latencies, elapsed_s=elapsed_s)
 
 

@@ -8,15 +8,16 @@ import pytest
 
 from counter.options.values import parse_thresholds
 from counter.report.thresholds import hold
-from counter.results.result import Histogram, Result
+from counter.results.histogram import Histogram
+from counter.results.result import Result
 
 
 def make_result() -> Result:
     """1,000 requests in 2 s: 990 of 1 ms, 9 of 10 ms, one of 100 ms; 5 errors."""
     latencies = Histogram()
-    latencies.record(1_000_000, 990)
-    latencies.record(10_000_000, 9)
-    latencies.record(100_000_000)
+    latencies.count(1_000_000, 990)
+    latencies.count(10_000_000, 9)
+    latencies.count(100_000_000)
     return Result(
         sent=1995, measured=1000, elapsed_s=2.0, latencies=latencies, errors={"timeout": 5}
     )

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counter.results.result import WRONG_KEPT, Histogram, Result, merged
+from counter.results.histogram import Histogram
+from counter.results.result import WRONG_KEPT, Result, merged
 
 PROPERTY = settings(deadline=None, derandomize=True)
 
@@ -29,7 +30,7 @@ times_ns = (
 def record_all(times: Iterable[int]) -> Histogram:
     histogram = Histogram()
     for time_ns in times:
-        histogram.record(time_ns)
+        histogram.count(time_ns)
     return histogram
 
 
@@ -80,7 +81,7 @@ def test_the_longest_time_fills_the_last_bucket() -> None:
 @pytest.mark.parametrize("time_ns", [2**42, 2**43, 2**63])
 def test_a_time_beyond_the_range_is_counted_in_the_last_bucket(time_ns: int) -> None:
     histogram = record_all([2**42 - 1, time_ns])
-    histogram.record(time_ns, 2)
+    histogram.count(time_ns, 2)
     assert histogram.counts[-1] == len(histogram) == 4
     assert histogram.percentile_ns(50) == histogram.max_ns == time_ns
     assert histogram.mean_ns() == (2**42 - 1 + 3 * time_ns) / 4
@@ -102,10 +103,10 @@ def test_a_percentile_is_the_nearest_rank_of_a_sorted_list(
 def test_the_rank_of_a_percentile_is_exact_for_any_count(percent: float, count: int) -> None:
     rank = max(1, math.ceil(Fraction(str(percent)) * count / 100))
     below, above = Histogram(), Histogram()
-    below.record(1, rank)
-    below.record(100, count - rank)
-    above.record(1, rank - 1)
-    above.record(100, count - rank + 1)
+    below.count(1, rank)
+    below.count(100, count - rank)
+    above.count(1, rank - 1)
+    above.count(100, count - rank + 1)
     assert (below.percentile_ns(percent), above.percentile_ns(percent)) == (1, 100)
 
 
@@ -133,7 +134,7 @@ def test_count_mean_and_maximum_are_exact(times: list[int]) -> None:
 @given(time_ns=times_ns, count=st.integers(1, 50))
 def test_recording_several_at_once_is_recording_each(time_ns: int, count: int) -> None:
     at_once = Histogram()
-    at_once.record(time_ns, count)
+    at_once.count(time_ns, count)
     assert same_histogram(at_once, record_all([time_ns] * count))
 
 
@@ -222,3 +223,8 @@ def test_errors_are_counted_by_kind() -> None:
     for kind in ("timeout", "reset", "timeout"):
         result.count_error(kind)
     assert result.errors == {"timeout": 2, "reset": 1}
+
+
+def test_the_rate_is_of_the_measured_part() -> None:
+    assert Result(sent=10_000, measured=3000, elapsed_s=1.5).rate == 2000
+    assert Result(measured=3000).rate == 0

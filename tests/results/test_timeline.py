@@ -10,7 +10,7 @@ from counter.results.timeline import (
     MOST_INTERVALS,
     STEPS_S,
     Interval,
-    Recorder,
+    Sampler,
     Timeline,
     interval_for,
 )
@@ -44,15 +44,15 @@ def requests_of(line: Timeline) -> list[int]:
 
 def test_each_interval_has_what_was_counted_since_the_last() -> None:
     counts = [0] * BUCKETS
-    recorder = Recorder(counts, START_NS, 60)
+    sampler = Sampler(counts, START_NS, 60)
     counts[3] += 5
-    recorder.tick(at(1))
+    sampler.tick(at(1))
     counts[3] += 2
     counts[4000] += 1
-    recorder.tick(at(2.01))
-    recorder.tick(at(3))
+    sampler.tick(at(2.01))
+    sampler.tick(at(3))
     counts[0] += 4
-    line = recorder.finish(at(3.9))
+    line = sampler.finish(at(3.9))
     assert (line.start_ns, line.interval_s) == (START_NS, 1.0)
     assert [interval.counts for interval in line.intervals] == [{3: 5}, {3: 2, 4000: 1}, {}, {0: 4}]
     assert [round(interval.seconds, 6) for interval in line.intervals] == [1, 1.01, 0.99, 0.9]
@@ -61,54 +61,54 @@ def test_each_interval_has_what_was_counted_since_the_last() -> None:
 
 def test_what_was_counted_before_the_start_is_not_in_it() -> None:
     counts = [9] * BUCKETS
-    assert counted(Recorder(counts, START_NS, 60).finish(at(1))) == {}
+    assert counted(Sampler(counts, START_NS, 60).finish(at(1))) == {}
 
 
 def test_a_short_rest_belongs_to_the_last_interval() -> None:
     counts = [0] * BUCKETS
-    recorder = Recorder(counts, START_NS, 60)
+    sampler = Sampler(counts, START_NS, 60)
     counts[3] = 10
-    recorder.tick(at(1))
+    sampler.tick(at(1))
     counts[3] = 12
-    (interval,) = recorder.finish(at(1.1)).intervals
+    (interval,) = sampler.finish(at(1.1)).intervals
     assert (interval.requests, round(interval.seconds, 6)) == (12, 1.1)
 
 
 def test_a_run_shorter_than_an_interval_is_one() -> None:
     counts = [0] * BUCKETS
-    recorder = Recorder(counts, START_NS, 60)
+    sampler = Sampler(counts, START_NS, 60)
     counts[3] = 10
-    assert requests_of(recorder.finish(at(0.2))) == [10]
-    assert Recorder(counts, START_NS, 60).finish(START_NS).intervals == []
+    assert requests_of(sampler.finish(at(0.2))) == [10]
+    assert Sampler(counts, START_NS, 60).finish(START_NS).intervals == []
 
 
 def test_a_process_that_stood_still_answered_nothing_meanwhile() -> None:
     counts = [0] * BUCKETS
-    recorder = Recorder(counts, START_NS, 60)
-    recorder.tick(at(1))
+    sampler = Sampler(counts, START_NS, 60)
+    sampler.tick(at(1))
     counts[3] = 6
-    recorder.tick(at(4.1))
+    sampler.tick(at(4.1))
     counts[3] = 7
-    recorder.tick(at(5))
-    assert requests_of(recorder.finish(at(5))) == [0, 0, 0, 6, 1]
+    sampler.tick(at(5))
+    assert requests_of(sampler.finish(at(5))) == [0, 0, 0, 6, 1]
 
 
 def test_a_timer_that_is_early_or_doubled_makes_no_interval_of_its_own() -> None:
     counts = [0] * BUCKETS
-    recorder = Recorder(counts, START_NS, 60)
+    sampler = Sampler(counts, START_NS, 60)
     for moment in (0.99, 1.0, 1.01, 1.999, 2.0):
         counts[3] += 1
-        recorder.tick(at(moment))
-    assert requests_of(recorder.finish(at(2))) == [1, 4]
+        sampler.tick(at(moment))
+    assert requests_of(sampler.finish(at(2))) == [1, 4]
 
 
 def test_a_run_without_a_planned_end_never_has_too_many_intervals() -> None:
     counts = [0] * BUCKETS
-    recorder = Recorder(counts, START_NS, None)
+    sampler = Sampler(counts, START_NS, None)
     for tick in range(1, 10_001):
         counts[tick % 50] += 1
-        recorder.tick(at(tick / 10))
-    line = recorder.finish(at(1000))
+        sampler.tick(at(tick / 10))
+    line = sampler.finish(at(1000))
     assert len(line.intervals) < MOST_INTERVALS
     assert line.interval_s == 12.8
     assert sum(requests_of(line)) == 10_000

@@ -67,8 +67,9 @@ class Bench:
 
     def __init__(self) -> None:
         self.host = FakeHost()
-        ours, self.peer = socket.socketpair()
-        ours.setblocking(False)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.peer = socket.create_connection(listener.getsockname())
+            ours, _ = listener.accept()
         # As the server has it: a plain socket, with nothing of Python's around it.
         plain = _socket.socket(ours.family, ours.type, 0, ours.detach())
         plain.setblocking(False)

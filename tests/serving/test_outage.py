@@ -8,17 +8,7 @@ import pytest
 
 from counter.processes.slots import AWAY_SINCE_MS, Slots
 from counter.serving.outage import Outage
-
-
-class LineList(logging.Handler):
-    """Keeps what a log would print."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(f"{record.levelname} {record.getMessage()}")
+from kit.lines import LineList
 
 
 class Bench:

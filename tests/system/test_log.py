@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from counter.system.log import LINE_INTERVAL_S, LimitedLog, configure_log
+from kit.lines import LineList
 
 
 @dataclass
@@ -20,17 +21,6 @@ class FakeClock:
 
     def __call__(self) -> float:
         return self.now_s
-
-
-class LineList(logging.Handler):
-    """Keeps what a log would print."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(f"{record.levelname} {record.getMessage()}")
 
 
 class Bench:

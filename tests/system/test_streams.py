@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import IO, Any
 
+import pytest
+
 from kit.harness import ROOT
 
 TELL = """
@@ -55,3 +57,52 @@ def test_a_pipe_without_a_reader_is_one_error_and_the_end_of_the_program_adds_no
 def test_without_a_standard_output_nothing_is_written() -> None:
     code = f"import os\nsys = __import__('sys')\nsys.stdout = None\n{TELL}"
     assert tell(code, subprocess.DEVNULL) == (0, "")
+
+
+CLOSED = """
+import os, sys, tempfile
+from counter.system.streams import prepare_streams
+before = [stream is None for stream in (sys.stdin, sys.stdout, sys.stderr)]
+prepare_streams()
+with tempfile.TemporaryFile() as file:
+    print("a word", flush=True)
+    print("a word", file=sys.stderr, flush=True)
+    os.write(1, b"a word")
+    os.write(2, b"a word")
+    assert sys.stdin.read() == ""
+    os._exit(sum(before) if file.fileno() > 2 and not file.seek(0, 2) else 99)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "closed"),
+    [("", 0), ("<&-", 1), (">&-", 1), ("2>&-", 1), ("<&- 2>&-", 2), ("<&- >&- 2>&-", 3)],
+)
+def test_what_is_said_where_a_stream_was_closed_goes_nowhere(how: str, closed: int) -> None:
+    """Least of all into the file that would get its descriptor."""
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" "$@" {how}', sys.executable, "-c", CLOSED],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, b"Traceback" in done.stderr) == (closed, False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1", "utf-8", "ascii:surrogateescape"])
+def test_what_an_encoding_lacks_is_written_as_python_writes_it(encoding: str) -> None:
+    code = (
+        "import sys; from counter.system.streams import prepare_streams, write_result;"
+        "prepare_streams(); write_result('1 \\u20ac \\udce9\\n'); sys.stderr.write('\\u20ac\\n')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    euro = "\u20ac".encode("utf-8" if encoding == "utf-8" else "ascii", "backslashreplace")
+    wanted = (0, b"1 %b \\udce9\n" % euro, b"%b\n" % euro)
+    assert (done.returncode, done.stdout, done.stderr) == wanted

@@ -497,17 +497,12 @@ def test_an_encrypted_key_is_not_asked_for_in_the_terminal(certs: Kit) -> None:
         (("server.py", "--port", "0", *flags), 1),
         (("client.py", "--read", *client), 2),
     ):
-        process, terminal = run_in_terminal(*command)
-        try:
+        with run_in_terminal(*command) as (process, terminal):
             assert process.wait(20) == code
             shown = os.read(terminal, 65536).decode()
             assert "the key is encrypted" in shown
             assert "Enter" not in shown
             assert shown.count("\n") == 1
-        finally:
-            process.kill()
-            process.wait()
-            os.close(terminal)
 
 
 @pytest.mark.parametrize(

@@ -217,10 +217,16 @@ def test_the_last_total_of_a_store_that_is_away_is_the_last_it_told(
     assert caplog.text.count("cannot be read at the end") == 2
 
 
+@pytest.mark.timeout(20)  # whoever waits for it waits for ever
 def test_the_last_total_of_a_store_that_hangs_is_not_waited_for(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = make_keeper(settings_for(path, set_total=40), 2)
+    with closing(SqliteStore(str(path))) as another:
+        another.add(7)  # so that 40 is what was told and not what is held
+    before = children(os.getpid())
     monkeypatch.setattr(keeper, "LAST_READING_S", 0.05)
     monkeypatch.setattr(SqliteStore, "read", lambda _self: hang())
     assert kept.last_total(Slots(1)) == 40
+    assert "cannot be read at the end (no answer within 0.05 s)" in caplog.text
+    assert children(os.getpid()) == before

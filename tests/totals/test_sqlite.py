@@ -151,7 +151,7 @@ def test_force_alone_changes_nothing(path: str) -> None:
         assert store.check(force=True).total == 7
 
 
-@pytest.mark.parametrize("name", ["a b?c#d%20.db", "ä&mode=memory.db"])
+@pytest.mark.parametrize("name", ["a b?c#d%20.db", "ä&mode=memory.db", "caf\udce9.db"])
 def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
     path = str(tmp_path / name)
     make_store(path, 5).close()

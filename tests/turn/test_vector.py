@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counter.turn.vector import (
-    FROM_FRAMES,
     TABLE_SIZE,
     TOGETHER_FROM,
     VectorBatch,
@@ -17,7 +16,16 @@ from counter.turn.vector import (
     VectorUniformBatch,
     _hashed,
 )
-from protocol import MAX_AMOUNT, BadFrame, Batch, Decoder, UniformBatch, checksums, encode_frame
+from protocol import (
+    DEEP_FRAMES,
+    MAX_AMOUNT,
+    BadFrame,
+    Batch,
+    Decoder,
+    UniformBatch,
+    checksums,
+    encode_frame,
+)
 
 PLAIN = Decoder()
 VECTOR = VectorDecoder()
@@ -38,8 +46,7 @@ def outcome(decoder: Decoder, data: bytes, before: int) -> tuple[object, ...]:
         refusal = ""
     except BadFrame as bad:
         batch, rest, refusal = bad.batch, b"", f"{bad.reason}: {bad}"
-    total = batch.sum() % 2**64
-    return list(batch.amounts), len(batch), total, batch.replies(before), rest, refusal
+    return list(batch.amounts), len(batch), batch.sum(), batch.replies(before), rest, refusal
 
 
 def deep(seed: int, amounts: list[int], count: int) -> list[int]:
@@ -49,7 +56,7 @@ def deep(seed: int, amounts: list[int], count: int) -> list[int]:
 @settings(deadline=None)
 @given(
     amounts=st.lists(AMOUNTS, min_size=1, max_size=20),
-    count=st.sampled_from([1, FROM_FRAMES - 1, FROM_FRAMES, FROM_FRAMES + 1, 2 * TOGETHER_FROM]),
+    count=st.sampled_from([1, DEEP_FRAMES - 1, DEEP_FRAMES, DEEP_FRAMES + 1, 2 * TOGETHER_FROM]),
     seed=st.integers(0, 1000),
     before=st.integers(0, MAX_AMOUNT),
     tail=st.binary(max_size=15),
@@ -64,7 +71,7 @@ def test_both_ways_are_equal_for_mixed_amounts_that_wrap_around(
 @settings(deadline=None)
 @given(
     amounts=st.lists(AMOUNTS, min_size=1, max_size=20),
-    count=st.sampled_from([FROM_FRAMES, 300, 2 * TOGETHER_FROM]),
+    count=st.sampled_from([DEEP_FRAMES, 300, 2 * TOGETHER_FROM]),
     place=st.floats(0, 1, exclude_max=True),
     change=st.integers(1, 255),
     limit=st.one_of(st.just(MAX_AMOUNT), AMOUNTS),
@@ -78,7 +85,7 @@ def test_both_ways_refuse_the_same_frame_for_the_same_reason(
     assert outcome(vector, bytes(data), 7) == outcome(plain, bytes(data), 7)
 
 
-@pytest.mark.parametrize("place", [0, 1, FROM_FRAMES // 2, FROM_FRAMES, 999])
+@pytest.mark.parametrize("place", [0, 1, DEEP_FRAMES // 2, DEEP_FRAMES, 999])
 @pytest.mark.parametrize("amount", [1, 2**40])
 def test_a_bad_frame_at_any_place_of_a_deep_batch_ends_it_there(place: int, amount: int) -> None:
     data = encode_frame(amount) * place + b"c" * 16 + encode_frame(amount) * (999 - place)
@@ -86,6 +93,14 @@ def test_a_bad_frame_at_any_place_of_a_deep_batch_ends_it_there(place: int, amou
         VECTOR.decode(data)
     assert caught.value.reason == "checksum"
     assert list(caught.value.batch.amounts) == [amount] * place
+
+
+@pytest.mark.parametrize("amount", [1, 2**57, MAX_AMOUNT // DEEP_FRAMES, 2**63, MAX_AMOUNT])
+def test_the_sum_of_a_deep_batch_is_whole_where_it_passes_2_to_the_64(amount: int) -> None:
+    frames = encode_frame(amount) * 200 + encode_frame(0) * 200
+    batch, _ = VECTOR.decode(frames)
+    assert isinstance(batch, VectorBatch)
+    assert batch.sum() == 200 * amount
 
 
 @pytest.mark.parametrize("digits", range(1, 21))
@@ -101,10 +116,10 @@ def test_checksums_hashed_together_are_those_of_xxhash(digits: int) -> None:
 def test_each_kind_of_read_takes_its_own_way() -> None:
     one, two = encode_frame(1), encode_frame(2)
     ways = {
-        one * FROM_FRAMES: VectorUniformBatch,
-        one * (FROM_FRAMES - 1): UniformBatch,
-        one * (FROM_FRAMES - 1) + two: VectorBatch,
-        one * (FROM_FRAMES - 2) + two: Batch,
+        one * DEEP_FRAMES: VectorUniformBatch,
+        one * (DEEP_FRAMES - 1): UniformBatch,
+        one * (DEEP_FRAMES - 1) + two: VectorBatch,
+        one * (DEEP_FRAMES - 2) + two: Batch,
     }
     for data, way in ways.items():
         assert type(VECTOR.decode(data)[0]) is way

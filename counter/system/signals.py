@@ -1,0 +1,78 @@
+"""Signals, as a program meets them that waits for several things: something to wait for, or to
+keep out for a moment.
+
+A handler only notes; what it noted is looked at where the program waits. Which signals there are
+and what they mean is said by whoever uses this. Everything here is for the main thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+
+class WakePipe:
+    """Becomes readable with every signal that has a handler, so that a wait for it ends.
+
+    It has a fileno(), as select and its like take it. A context: inside, it is the one that the
+    interpreter writes to (signal.set_wakeup_fd); behind, it is closed.
+    """
+
+    def __init__(self) -> None:
+        self._read_end, self._write_end = os.pipe()
+        for end in (self._read_end, self._write_end):
+            os.set_blocking(end, False)
+
+    def fileno(self) -> int:
+        """The end to wait for."""
+        return self._read_end
+
+    def wake(self) -> None:
+        """Makes it readable, from this process or from one that it forked."""
+        with contextlib.suppress(BlockingIOError):  # a full pipe is readable
+            os.write(self._write_end, b"\0")
+
+    def clear(self) -> None:
+        """Makes it unreadable until the next signal."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._read_end, 4096)
+
+    def __enter__(self) -> WakePipe:
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for end in (self._read_end, self._write_end):
+            os.close(end)
+
+
+@contextlib.contextmanager
+def handled(
+    numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]
+) -> Iterator[None]:
+    """Inside, these signals call the handler; behind, what handled them before does so again."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
+def blocked(numbers: Iterable[int]) -> Iterator[None]:
+    """None of these signals is handled inside; they wait.
+
+    For a fork: so a child never runs its parent's handlers, if it sets its own before it unblocks.
+    """
+    masked = tuple(numbers)
+    signal.pthread_sigmask(signal.SIG_BLOCK, masked)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, masked)
