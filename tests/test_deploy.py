@@ -1,8 +1,11 @@
-"""Where it runs: what systemd and Kubernetes are told, and what SIGUSR1 writes."""
+"""Where it runs: what systemd, Docker and Kubernetes are told, and what SIGUSR1 writes."""
 
 from __future__ import annotations
 
+import configparser
+import json
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -14,8 +17,10 @@ import pytest
 
 from counter.options.parser import read_settings
 from counter.options.server import ServerSettings
+from counter.processes.master import KILL_GRACE_S
 from kit.harness import PATIENCE_S, ROOT, Command, ServerCommand, wait_until
 
+MANIFESTS = sorted((ROOT / "deploy").glob("kubernetes-*.yaml"))
 PROCESSES = pytest.mark.parametrize("processes", ["0", "2"])
 
 
@@ -81,17 +86,136 @@ def test_the_unit_sets_only_options_that_there_are() -> None:
     environment = dict(re.findall(r"^Environment=(COUNTER_\w+)=(.*)$", unit, re.MULTILINE))
     settings = read_settings(ServerSettings, [], environment)
     assert settings.store.path == "/var/lib/counter/counter.db"
-    assert settings.admin_port == 9100
+    assert settings.admin_port == 8580
 
 
-def test_the_manifest_starts_the_server_with_options_that_there_are() -> None:
-    manifest = (ROOT / "deploy/kubernetes.yaml").read_text()
-    (listed,) = re.findall(r"args: \[(.*?)\]", manifest, re.DOTALL)
+def test_the_unit_tries_again_for_ever_but_not_with_a_wrong_option() -> None:
+    class Unit(configparser.RawConfigParser):
+        def optionxform(self, optionstr: str) -> str:
+            return optionstr
+
+    unit = Unit(strict=False)
+    unit.read(ROOT / "deploy/counter.service")
+    # systemd gives up after five starts in ten seconds unless it is told not to, in this section.
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0"
+    assert unit["Service"]["Restart"] == "on-failure"
+    assert float(unit["Service"]["RestartSec"]) >= 2
+    with Command("server.py", environment={"COUNTER_SERVER_PORT": "many"}) as server:
+        assert server.finish() == int(unit["Service"]["RestartPreventExitStatus"])
+    settings = read_settings(ServerSettings, [], {})
+    assert settings.drain_timeout_s + KILL_GRACE_S < float(unit["Service"]["TimeoutStopSec"])
+
+
+def instructions() -> list[tuple[str, str]]:
+    """What the Dockerfile says, line by line: the instruction and what it is given."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    found = re.findall(r"^([A-Z]+)\s+(.+)$", text, re.MULTILINE)
+    return [(name, given.strip()) for name, given in found]
+
+
+def image(directory: Path) -> dict[str, str]:
+    """Lays the image's files out in a directory; gives back the environment of its processes."""
+    context = (ROOT / ".dockerignore").read_text().split()
+    environment: dict[str, str] = {}
+    for name, given in instructions():
+        if name == "COPY":
+            *sources, target = given.split()
+            for source in sources:
+                assert f"!{source}" in context, source
+                path = directory / target / ("" if target.endswith("/") else ".")
+                if (ROOT / source).is_dir():
+                    shutil.copytree(
+                        ROOT / source, path, ignore=shutil.ignore_patterns("__pycache__")
+                    )
+                else:
+                    shutil.copy(ROOT / source, path)
+        elif name == "ENV":
+            environment |= dict(pair.split("=") for pair in given.split())
+    return environment
+
+
+def test_the_image_has_the_files_that_it_runs_and_its_health_check_knows_the_server(
+    tmp_path: Path,
+) -> None:
+    environment = image(tmp_path)
+    (_, check), (_, command) = [
+        (name, json.loads(given[given.index("[") :]))
+        for name, given in instructions()
+        if "[" in given and name in ("HEALTHCHECK", "CMD")
+    ]
+    assert command == ["python", "server.py"]
+    assert environment["COUNTER_SERVER_HOST"] == "0.0.0.0"
+    port = "COUNTER_SERVER_ADMIN_PORT"
+    assert f"EXPOSE 8080 {environment[port]}" in [" ".join(line) for line in instructions()]
+    free = {"COUNTER_SERVER_PORT": "0", port: "0"}
+    with Command(str(tmp_path / "server.py"), environment=environment | free) as server:
+        at = re.search(r":(\d+)/", server.error_line_with("admin port"))
+        listening = re.match(r"Listening on 0.0.0.0:(\d+) ", server.line())
+        assert at
+        assert listening
+        with Command(*check[1:], environment={port: at[1]}) as healthy:
+            assert healthy.finish() == 0, healthy.errors()
+        address = f"127.0.0.1:{listening[1]}"
+        with Command(
+            str(tmp_path / "client.py"), "--serverAddress", address, "--add", "5"
+        ) as client:
+            assert client.line() == "5"
+        server.signal(signal.SIGTERM)
+        assert server.finish() == 0
+    with Command(*check[1:], environment={port: at[1]}) as unhealthy:
+        assert unhealthy.finish() != 0
+
+
+def test_the_image_runs_as_the_user_who_owns_the_directory_of_the_total() -> None:
+    (user,) = [given for name, given in instructions() if name == "USER"]
+    (made,) = [shlex.split(given) for name, given in instructions() if given.endswith("/data")]
+    owner, group = made[made.index("-o") + 1], made[made.index("-g") + 1]
+    assert made[0] == "install"
+    assert f"{owner}:{group}" == user
+    compose = (ROOT / "docker-compose.yml").read_text()
+    assert "COUNTER_SERVER_STORE: sqlite:/data/" in compose
+    assert 'volumes: ["counter:/data"]' in compose
+    for manifest in MANIFESTS:
+        assert f"runAsUser: {owner}\n" in manifest.read_text()
+
+
+def test_every_server_of_the_compose_file_can_be_reached_and_at_a_port_of_its_own() -> None:
+    compose = (ROOT / "docker-compose.yml").read_text()
+    published = re.findall(r'"127\.0\.0\.1:(\d+):8080"', compose)
+    assert sorted(published) == ["8080", "8081", "8082", "8083"]
+    for port in published:
+        assert f"127.0.0.1:{port}" in compose.partition("\nservices:")[0]  # its comment names it
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.stem)
+def test_a_manifest_starts_the_server_with_options_that_there_are(manifest: Path) -> None:
+    text = manifest.read_text()
+    (listed,) = re.findall(r"args: \[(.*?)\]", text, re.DOTALL)
     program, script, *arguments = re.findall(r'"([^"]*)"', listed)
     assert (program, script) == ("python", "server.py")
-    settings = read_settings(ServerSettings, arguments, {"COUNTER_SERVER_STORE": "redis://redis"})
-    assert (settings.host, settings.admin_host, settings.admin_port) == ("0.0.0.0", "0.0.0.0", 9100)
-    assert settings.drain_timeout_s + 5 < 20  # preStop's sleep, and the grace period
+    secret = {} if "--store" in arguments else {"COUNTER_SERVER_STORE": "redis://redis"}
+    settings = read_settings(ServerSettings, arguments, secret)
+    assert (settings.host, settings.admin_host) == ("0.0.0.0", "0.0.0.0")
+    assert f"{{name: counter, containerPort: {settings.port}}}" in text
+    assert f"{{name: admin, containerPort: {settings.admin_port}}}" in text
+    assert f'prometheus.io/port: "{settings.admin_port}"' in text
+    (sleep,) = re.findall(r'"sleep", "(\d+)"', text) or ["0"]
+    (grace,) = re.findall(r"terminationGracePeriodSeconds: (\d+)", text)
+    assert int(sleep) + settings.drain_timeout_s + KILL_GRACE_S < int(grace)
+    if settings.store.kind == "sqlite":
+        (mount,) = re.findall(r"mountPath: (/\w+)", text)
+        assert settings.store.path == f"{mount}/counter.db"
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.stem)
+def test_only_a_minute_of_silence_has_a_pod_killed(manifest: Path) -> None:
+    probes = dict(re.findall(r"(startup|liveness)Probe:\n((?: {12}\S.*\n)+)", manifest.read_text()))
+    assert sorted(probes) == ["liveness", "startup"]
+    for probe in probes.values():
+        assert "path: /livez, port: admin" in probe
+        numbers = {name: int(number) for name, number in re.findall(r"(\w+): (\d+)", probe)}
+        assert numbers["timeoutSeconds"] >= 10
+        assert numbers["failureThreshold"] * numbers["periodSeconds"] >= 60
 
 
 @PROCESSES

@@ -26,25 +26,42 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").g
 # Commands that this suite does not run as they stand, and what does or why not.
 ELSEWHERE = {
     "make": ".ci/run calls make test; the others are run by hand before a release",
-    "docker": "needs a container engine",
+    "docker": "needs a container engine; tests/test_deploy.py runs the image's files",
+    "kubectl": "needs a cluster; tests/test_deploy.py checks the manifests",
     "pip install -r": "make installs the same files",
     "pip install .": "tests/test_install.py",
-    "pip install git+": "the same, from wherever the repository is",
     "cp": "writes where units of the system are",
     "systemctl": "needs systemd; tests/test_deploy.py checks the unit",
     "python benchmarks/compare.py": "make bench",
     ".venv/bin/python": "benchmarks, run by hand",
 }
 
+# A script that a command line hands to a program.
+HERE_DOCUMENT = re.compile(r"<<'(\w+)'\n.*?^\1$", re.M | re.S)
+
+
+def blocks() -> list[str]:
+    """Every block of the documents that is marked as a shell's, its line ends resolved."""
+    return [
+        block.replace("\\\n", " ")
+        for document in DOCUMENTS
+        for block in re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.M | re.S)
+    ]
+
+
+def lines(block: str) -> list[str]:
+    """The command lines of a block, without the scripts that it hands to a program."""
+    return [line for line in HERE_DOCUMENT.sub("", block).splitlines() if line.strip()]
+
 
 def commands() -> list[str]:
-    """Every line of every block that is marked as a shell's, comments and line ends resolved."""
-    found = []
-    for document in DOCUMENTS:
-        for block in re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.M | re.S):
-            lines = block.replace("\\\n", " ").splitlines()
-            found += [re.split(r"\s+#\s", line)[0].strip() for line in lines if line.strip()]
-    return sorted(set(found))
+    """Every command of the documents."""
+    return sorted({line.strip() for block in blocks() for line in lines(block)})
+
+
+def unquoted(line: str) -> str:
+    """What of a line the shell reads itself."""
+    return re.sub(r"""'[^']*'|"[^"]*"|\\.""", "", line)
 
 
 def words(command: str) -> tuple[dict[str, str], list[str]]:
@@ -62,7 +79,7 @@ SERVERS = [c for c in ALL if words(c)[1][:2] == ["python", "server.py"]]
 CLIENTS = [c for c in ALL if words(c)[1][:2] == ["python", "client.py"]]
 SQLITE = [c for c in ALL if words(c)[1][:1] == ["sqlite3"]]
 OPENSSL = [c for c in ALL if words(c)[1][:1] == ["openssl"]]
-BASH = [c for c in ALL if "/dev/tcp/" in c or "<&3" in c or ">&3" in c]
+BASH = [c for c in ALL if words(c)[1][:1] == ["bash"]]
 
 
 def test_every_command_of_the_documents_is_run_here_or_said_to_be_run_elsewhere() -> None:
@@ -70,6 +87,22 @@ def test_every_command_of_the_documents_is_run_here_or_said_to_be_run_elsewhere(
     assert len(CLIENTS) > 3
     for command in set(ALL) - {*SERVERS, *CLIENTS, *SQLITE, *OPENSSL, *BASH}:
         assert any(command.startswith(known) for known in ELSEWHERE), command
+
+
+@pytest.mark.parametrize("line", [line for block in blocks() for line in lines(block)])
+def test_a_command_line_of_the_documents_can_be_pasted_into_bash_and_zsh(line: str) -> None:
+    """Interactively zsh knows no comments, and looks for files that match a word with ? * or [."""
+    assert not re.search(r"(^|\s)#", unquoted(line)), "a comment"
+    assert not re.search(r"[?*\[]|(^|\s)[=~]", unquoted(line)), "a word that zsh expands"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_every_block_of_the_documents_is_one_that_the_shell_can_read(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    for block in blocks():
+        done = subprocess.run([shell, "-n"], input=block, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), block
 
 
 @pytest.mark.parametrize("command", SERVERS)
@@ -154,8 +187,7 @@ def test_the_certificates_of_the_documents_are_good_for_mutual_tls(tmp_path: Pat
 
 def test_a_shell_without_any_client_can_add() -> None:
     """docs/protocol.md's lines, in their order."""
-    document = (ROOT / "docs/protocol.md").read_text()
-    (block,) = [b for b in re.findall(r"^```sh\n(.*?)^```", document, re.M | re.S) if "/tcp/" in b]
+    (block,) = [block for block in blocks() if "/dev/tcp/" in block]
     with ServerCommand() as server:
         script = block.replace("127.0.0.1/8080", server.address.replace(":", "/"))
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=20)
@@ -171,9 +203,9 @@ def test_the_examples_in_the_help_are_ones_that_the_program_takes(program: str) 
         [sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     (examples,) = re.findall(r"examples:\n(.*?)(?:\n\n|\Z)", shown, re.S)
-    lines = [line for line in examples.splitlines() if f"python {program}" in line]
-    assert len(lines) >= 3
-    for line in lines:
+    shown_lines = [line for line in examples.splitlines() if f"python {program}" in line]
+    assert len(shown_lines) >= 3
+    for line in shown_lines:
         command = re.split(r"\s{2,}", line.strip())[0]
         variables, (_, _, *arguments) = words(command)
         done = subprocess.run(
