@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kit.admin_server import AdminServer
-from kit.harness import ROOT, Command, ServerCommand, wait_until
+from kit.harness import ROOT, Command, Peer, ServerCommand, wait_until
 from kit.redis_server import RedisServer
 
 PROCESSES = pytest.mark.parametrize("processes", ["0", "2"])
@@ -128,13 +128,16 @@ def test_a_store_that_is_no_file_is_refused_and_nothing_is_put_beside_it(tmp_pat
 
 
 @PROCESSES
-def test_a_loop_that_cannot_serve_is_named_with_the_remedy(processes: str) -> None:
-    flags = ("--port", "0", "--processes", processes)
-    with Command("server.py", *flags, environment={"GEVENT_LOOP": "libuv"}) as server:
-        assert server.finish() == (1 if processes == "0" else 3)
-        said = server.errors()
-        assert "gevent runs on libuv, this server on libev; unset GEVENT_LOOP" in said
-        assert "Traceback" not in said
+@pytest.mark.parametrize("variable", ["GEVENT_LOOP=libuv", "LIBEV_FLAGS=1", "LIBEV_FLAGS=2"])
+def test_gevents_environment_changes_nothing(processes: str, variable: str) -> None:
+    name, _, value = variable.partition("=")
+    flags = ("--port", "0", "--processes", processes, "--adminPort", "0")
+    with Command("server.py", *flags, environment={name: value}) as server:
+        with Peer(server.line().split()[2]) as peer:
+            assert peer.add(5) == 5
+        server.signal(signal.SIGTERM)
+        assert server.finish() == 0
+        assert "Traceback" not in server.errors()
 
 
 @PROCESSES

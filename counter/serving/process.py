@@ -17,11 +17,10 @@ from gevent import monkey
 from gevent.event import Event
 
 from counter.options.server import ServerSettings
-from counter.processes.child import CannotServe
 from counter.processes.orders import Order, Orders
 from counter.processes.slots import Slots
 from counter.serving.server import CounterServer
-from counter.system.libev import READ
+from counter.system.libev import READ, choose_libev
 from counter.tls.certificates import Certificates
 from counter.totals.keeper import Keeper
 
@@ -54,12 +53,10 @@ class ServingProcess:
 
     def run(self, ready: Callable[[], None]) -> None:
         """Serves until it is told to end, and drains; `ready` is called once it serves."""
+        choose_libev()
         monkey.patch_all()
         # Where each greenlet was spawned is of no use here and costs 2 us a connection.
         gevent.config.track_greenlet_tree = False
-        loop = gevent.get_hub().loop
-        if ".libev." not in type(loop).__module__:
-            raise CannotServe("gevent runs on libuv, this server on libev; unset GEVENT_LOOP")
         self._stop, self._cut = Event(), Event()
         # Before the certificates are read: who is told to read them again has it done.
         listening = self.listen_to_orders()
