@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_admin import AdminServer
 
+from kit.admin_server import AdminServer
 from kit.harness import ROOT, Command, ServerCommand, wait_until
 from kit.redis_server import RedisServer
 

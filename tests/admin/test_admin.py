@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from kit.admin_server import AdminServer
 from kit.harness import (
     Command,
     Peer,
@@ -29,32 +30,6 @@ from protocol import encode_frame
 from test_server import fill
 
 PROCESSES = pytest.mark.parametrize("processes", ["0", "2"])
-
-
-class AdminServer(ServerCommand):
-    """python server.py with an admin port on a free port."""
-
-    def __init__(self, *arguments: str, workers: int | None = None) -> None:
-        super().__init__("--adminPort", "0", *arguments, workers=workers)
-        line = self.error_line_with("the admin port is at ")
-        self.admin = line.split()[-1]
-
-    def __enter__(self) -> AdminServer:
-        return self
-
-    def get(self, path: str) -> tuple[int, str]:
-        """Status and text of an address."""
-        try:
-            with urllib.request.urlopen(self.admin + path, timeout=20) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def metric(self, name: str) -> float:
-        """The value of one metric, with its labels as they are written."""
-        lines = self.get("metrics")[1].splitlines()
-        (value,) = [line.split()[-1] for line in lines if line.startswith(name + " ")]
-        return float(value)
 
 
 @contextmanager
