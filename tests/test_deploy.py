@@ -80,7 +80,7 @@ def test_the_unit_sets_only_options_that_there_are() -> None:
     environment = dict(re.findall(r"^Environment=(COUNTER_\w+)=(.*)$", unit, re.MULTILINE))
     settings = read_settings(ServerSettings, "server.py", "", [], environment)
     assert settings.store.path == "/var/lib/counter/counter.db"
-    assert settings.admin_port == 9100
+    assert settings.admin_port == 8580
 
 
 def test_the_manifest_starts_the_server_with_options_that_there_are() -> None:
@@ -91,7 +91,7 @@ def test_the_manifest_starts_the_server_with_options_that_there_are() -> None:
     settings = read_settings(
         ServerSettings, "server.py", "", arguments, {"COUNTER_SERVER_STORE": "redis://redis"}
     )
-    assert (settings.host, settings.admin_host, settings.admin_port) == ("0.0.0.0", "0.0.0.0", 9100)
+    assert (settings.host, settings.admin_host, settings.admin_port) == ("0.0.0.0", "0.0.0.0", 8580)
     assert settings.drain_timeout_s + 5 < 20  # preStop's sleep, and the grace period
 
 

@@ -48,7 +48,7 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "store_timeout_s": ("10s", 10.0, "3m"),
     "write_timeout_s": ("500ms", 0.5, "3m"),
     "drain_timeout_s": ("0", 0.0, "3m"),
-    "admin_port": (":9100", 9100, "9101"),
+    "admin_port": (":8580", 8580, "8581"),
     "admin_host": ("0.0.0.0", "0.0.0.0", "example.org"),
     "idle_timeout_s": ("2m", 120.0, "3m"),
     "tls_cert": ("server.pem", "server.pem", "other.pem"),
