@@ -94,12 +94,14 @@ class Shared:
     certificates: Certificates | None
     slots: Slots
     admin: socket.socket | None  # where the admin port listens
+    address: str  # where it serves; the listener may be closed when it is asked for
 
     def status(self) -> Status:
         """What the admin port tells, for the process that serves it."""
         in_memory = self.settings.store.kind == "memory"
         read_total = self.keeper.open().total if in_memory else None
-        return Status(self.slots, str(self.settings.store), read_total, self.keeper.found.total)
+        found, store = self.keeper.found, str(self.settings.store)
+        return Status(self.slots, store, read_total, found.total, self.address, found.survives)
 
 
 def serve(settings: ServerSettings) -> int:
@@ -108,11 +110,13 @@ def serve(settings: ServerSettings) -> int:
     workers, processes = settings.workers(cpus), settings.process_count(cpus)
     warn_of_descriptors(math.ceil(workers / max(1, processes)), raise_descriptor_limit())
     try:
+        listener = listen(settings.host, settings.port, settings.backlog)
         # The store comes last: it may be given a total, which a start that fails must not do.
         shared = Shared(
             settings=settings,
             slots=Slots(max(1, processes)),
-            listener=listen(settings.host, settings.port, settings.backlog),
+            listener=listener,
+            address=format_address(*listener.getsockname()[:2]),
             admin=listen_admin(settings),
             certificates=make_certificates(settings),
             keeper=make_keeper(settings, processes),
@@ -129,10 +133,9 @@ def serve(settings: ServerSettings) -> int:
         _log.info("the admin port is at http://%s/", where)
 
     def announce() -> None:
-        where = format_address(*shared.listener.getsockname()[:2])
         count = f"{processes} processes" if processes > 1 else "1 process"
         store = f"{settings.store}" if found.is_new else f"{settings.store}, total: {found.total:,}"
-        say(f"Listening on {where} with {workers} workers in {count} (store: {store})")
+        say(f"Listening on {shared.address} with {workers} workers in {count} (store: {store})")
 
     if processes:
         if not serve_forked(shared, workers, announce):

@@ -265,7 +265,8 @@ class Admin:
     def _readyz(self) -> Answer:
         readiness = self.status.readiness()
         if readiness.ready:
-            return "200 OK", _TEXT, b"ok\n"
+            words = ", ".join(filter(None, ("ok", self.status.crowd())))
+            return "200 OK", _TEXT, f"{words}\n".encode()
         return "503 Service Unavailable", _TEXT, f"{readiness.reason}\n".encode()
 
     def _total(self) -> Answer:
