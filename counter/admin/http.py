@@ -24,8 +24,6 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from html import escape
-from pathlib import Path
 from typing import Any, Final
 
 import gevent
@@ -33,10 +31,9 @@ from gevent.pool import Pool
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 from counter.admin.metrics import scrape
+from counter.admin.page import TEMPLATE, render
 from counter.admin.status import Status
 from counter.system.log import LimitedLog
-
-PAGE: Final = Path(__file__).with_name("page.html")
 
 # Between two samples of the counts, and between two looks at the deadlines.
 TICK_S: Final = 1.0
@@ -215,7 +212,7 @@ class Admin:
 
     def __init__(self, listener: Any, status: Status) -> None:
         self.status = status
-        self._page = PAGE.read_text(encoding="utf-8")
+        self._template = TEMPLATE.read_text(encoding="utf-8")
         self._server = _Server(listener, self._serve)
         self._answers: dict[str, Callable[[], Answer]] = {
             "/livez": lambda: ("200 OK", _TEXT, b"ok\n"),
@@ -275,22 +272,5 @@ class Admin:
         return "200 OK", _JSON, text.encode() + b"\n"
 
     def _show_page(self) -> Answer:
-        """The page with the present state in it, which it shows before, or without, its script."""
-        state = json.dumps(self.status.as_json()).replace("<", "\\u003c")
-        plain = self._plain()
-        page = self._page.replace("{{state}}", state).replace("{{plain}}", plain)
+        page = render(self._template, self.status.as_json())
         return "200 OK", "text/html; charset=utf-8", page.encode()
-
-    def _plain(self) -> str:
-        """The numbers for a browser without JavaScript."""
-        state = self.status.as_json()
-        rows = {
-            "Total": f"{int(state['total']):,}",
-            "Requests": f"{state['requests']:,}",
-            "Workers taken": f"{state['connections']:,} of {state['workers']:,}",
-            "Waiting": f"{state['waiting']:,}",
-            "Refused": f"{sum(state['refused'].values()):,}",
-            "Ready": "yes" if state["ready"] else f"no, {state['reason']}",
-        }
-        cells = (f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
-        return f"<table>{''.join(cells)}</table>"

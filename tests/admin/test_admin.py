@@ -239,7 +239,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_has_numbers_without_its_scrip
     assert status == 200
     assert "16,423,170" in page
     assert not re.search(r"(src|href)=[\"'](?!data:)", page)
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "://" not in page
 
 
 def test_an_admin_port_that_is_taken_is_one_line_and_exit_1() -> None:
