@@ -89,25 +89,26 @@ class Shared:
     certificates: Certificates | None
     slots: Slots
     admin: socket.socket | None  # where the admin port listens
+    address: str  # where it serves; the listener may be closed when it is asked for
 
     def status(self) -> Status:
         """What the admin port tells, for the process that serves it."""
         in_memory = self.settings.store.kind == "memory"
         read_total = self.keeper.open().total if in_memory else None
-        return Status(self.slots, str(self.settings.store), read_total, self.keeper.found.total)
+        found, store = self.keeper.found, str(self.settings.store)
+        return Status(self.slots, store, read_total, found.total, self.address, found.survives)
 
     def announce(self) -> None:
         """Says where the server listens, with how many workers, on what total."""
         found = self.keeper.found
-        where = format_address(*self.listener.getsockname()[:2])
         count = f"{len(self.slots)} processes" if len(self.slots) > 1 else "1 process"
         store = str(self.settings.store)
         if not found.is_new:
             store += f", total: {found.total:,}"
         say(
             self.settings,
-            f"Listening on {where} with {self.workers} workers in {count} (store: {store})",
-            address=where,
+            f"Listening on {self.address} with {self.workers} workers in {count} (store: {store})",
+            address=self.address,
             workers=self.workers,
             processes=len(self.slots),
             store=str(self.settings.store),
@@ -292,12 +293,14 @@ def serve(settings: ServerSettings) -> int:
     workers, processes = settings.workers(cpus), settings.process_count(cpus)
     warn_of_descriptors(math.ceil(workers / max(1, processes)), raise_descriptor_limit())
     try:
+        listener = listen_for_peers(settings)
         # The store comes last: it may be given a total, which a start that fails must not do.
         shared = Shared(
             settings=settings,
             workers=workers,
             slots=Slots(max(1, processes)),
-            listener=listen_for_peers(settings),
+            listener=listener,
+            address=format_address(*listener.getsockname()[:2]),
             admin=listen_admin(settings),
             certificates=make_certificates(settings),
             keeper=make_keeper(settings, processes),

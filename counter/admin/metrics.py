@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
+from functools import partial
 from typing import Final
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -50,6 +51,7 @@ class ServerCollector(Collector):
         yield from self._gauges()
         yield self._frames_per_read()
         yield self._commit_seconds()
+        yield from self._processes()
 
     def _counts(self) -> Iterable[Metric]:
         slots = self._status.slots
@@ -58,7 +60,7 @@ class ServerCollector(Collector):
         )
         refused = CounterMetricFamily(
             "counter_refused_frames",
-            "Connections that the server ended, by reason.",
+            "Connections that the server ended, by reason: a refused frame ends its connection.",
             labels=["reason"],
         )
         for place, reason in enumerate(REASONS):
@@ -81,15 +83,28 @@ class ServerCollector(Collector):
     def _gauges(self) -> Iterable[Metric]:
         status, slots = self._status, self._status.slots
         gauges = {
-            "counter_connections": (
-                "Connections that hold a worker.",
+            "counter_connections": ("Open connections.", slots.sum(CONNECTIONS)),
+            "counter_workers": ("Connections that may be served at once.", slots.sum(WORKERS)),
+            "counter_workers_taken": (
+                "Workers that are taken, each by one open connection.",
                 slots.sum(CONNECTIONS),
             ),
-            "counter_workers": ("Connections that may be served at once.", slots.sum(WORKERS)),
             "counter_pool_full": ("1 while every worker is taken.", int(status.is_full())),
             "counter_waiting_connections": (
-                "Connections in the listen backlog.",
+                "Connections that wait for a worker; they do in the listen backlog.",
                 status.waiting(),
+            ),
+            "counter_longest_wait_seconds": (
+                "How long the first of those that wait for a worker has waited, to a second.",
+                status.history.longest_wait_s(),
+            ),
+            "counter_backlog_connections": (
+                "Connections in the listen backlog.",
+                status.backlog(),
+            ),
+            "counter_start_time_seconds": (
+                "When the server started, in seconds since the epoch.",
+                slots.began_at_s,
             ),
             "counter_ready": ("1 while /readyz says yes.", int(status.readiness().ready)),
             "counter_value": (
@@ -128,6 +143,18 @@ class ServerCollector(Collector):
             buckets=buckets,
             sum_value=slots.sum(COMMIT_US) / 1e6,
         )
+
+    def _processes(self) -> Iterable[Metric]:
+        """What prometheus-client tells of one process from /proc, of each process of the server."""
+        families: dict[str, Metric] = {}
+        for name, pid in self._status.pids().items():
+            for one in ProcessCollector(pid=partial(int, pid), registry=None).collect():
+                family = Metric(one.name, one.documentation, one.type)
+                for sample in one.samples:
+                    families.setdefault(one.name, family).add_sample(
+                        sample.name, {"process": name}, sample.value
+                    )
+        return families.values()
 
 
 def scrape(status: Status) -> bytes:

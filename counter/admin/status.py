@@ -7,16 +7,18 @@ any more; their counts stay.
 
 from __future__ import annotations
 
+import math
+import os
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Final
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from counter.admin.history import History
 from counter.processes.slots import (
     AWAY_SINCE_MS,
     CONNECTIONS,
+    CONNECTIONS_TOTAL,
     PID,
     REASONS,
     REFUSED,
@@ -28,9 +30,7 @@ from counter.processes.slots import (
     Slots,
     now_ms,
 )
-
-# What the page shows: the requests of each second, for so many minutes.
-HISTORY_S: Final = 300
+from counter.system.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Readiness:
 
 
 class Status:
-    """The state of one server. `read_total` gives the total of a server without a store."""
+    """The state of one server. `read_total` gives the total of a server without a store, `address`
+    is where it serves, `survives` what an answered addition survives."""
 
     def __init__(
         self,
@@ -50,14 +51,18 @@ class Status:
         store: str,
         read_total: Callable[[], int] | None,
         total_at_start: int,
+        address: str = "",
+        survives: str = "",
     ) -> None:
         self.slots = slots
         self.store = store
+        self.address = address
+        self.survives = survives
         self.draining = False
+        self.history = History(slots)
         self._read_total = read_total
         self._total_at_start = total_at_start
         self._started_ms = now_ms()
-        self._history: deque[tuple[float, int]] = deque(maxlen=HISTORY_S + 1)
 
     def total(self) -> tuple[int, float]:
         """The last total that this server saw, and its age in seconds."""
@@ -88,41 +93,68 @@ class Status:
         workers = self.slots.sum(WORKERS)
         return workers > 0 and self.slots.sum(CONNECTIONS) >= workers
 
-    def waiting(self) -> int:
+    def backlog(self) -> int:
         """Connections in the listen backlog, as the processes saw it last."""
         return max(self.slots.cells(WAITING))
+
+    def waiting(self) -> int:
+        """Connections that wait for a worker: those in the backlog while every worker is taken."""
+        return self.backlog() if self.is_full() else 0
+
+    def crowd(self) -> str:
+        """What to say of a server whose workers do not suffice: `full: 30 wait`; else nothing."""
+        waiting = self.waiting()
+        return f"full: {waiting:,} wait" if waiting else ""
+
+    def uptime_s(self) -> float:
+        """Seconds since the server began."""
+        return max(0.0, time.time() - self.slots.began_at_s)
+
+    def pids(self) -> dict[str, int]:
+        """The processes of this server by what they do, for one of them that serves the admin port.
+
+        Names stay when processes are replaced.
+        """
+        pids = {f"serving-{place}": pid for place, pid in enumerate(self.slots.cells(PID)) if pid}
+        if os.getpid() in pids.values():
+            return pids  # one process is all
+        return {"master": os.getppid(), "admin": os.getpid(), **pids}
 
     def restarts(self) -> int:
         """How many processes were replaced."""
         return sum(max(0, starts - 1) for starts in self.slots.cells(STARTS))
 
     def sample(self) -> None:
-        """Notes the requests so far; to be called once a second."""
-        self._history.append((time.monotonic(), self.slots.sum(REQUESTS)))
-
-    def rates(self) -> list[int]:
-        """Requests a second between each two samples, the oldest first."""
-        samples = list(self._history)
-        pairs = pairwise(samples)
-        return [round((r2 - r1) / (t2 - t1)) for (t1, r1), (t2, r2) in pairs if t2 > t1]
+        """Notes the counts of this moment; to be called once a second."""
+        self.history.note(self.waiting())
 
     def as_json(self) -> dict[str, Any]:
         """Everything that the page shows. Numbers above 2^53 are text."""
         total, age_s = self.total()
         readiness = self.readiness()
-        slots = self.slots
+        slots, history = self.slots, self.history
+        commits = history.commits()
         return {
             "at_s": time.monotonic(),
+            "address": self.address,
+            "version": VERSION,
+            "uptime_s": round(self.uptime_s(), 1),
             "total": str(total),
             "age_s": round(age_s, 3),
             "ready": readiness.ready,
             "reason": readiness.reason,
+            "full": self.crowd(),
             "store": self.store,
+            "survives": self.survives,
             "requests": slots.sum(REQUESTS),
-            "rates": self.rates(),
+            "rates": {"minutes": history.minutes(), "hour": history.hour()},
+            "commits": commits and finite(asdict(commits)),
             "connections": slots.sum(CONNECTIONS),
+            "connections_total": slots.sum(CONNECTIONS_TOTAL),
             "workers": slots.sum(WORKERS),
             "waiting": self.waiting(),
+            "longest_wait_s": round(history.longest_wait_s(), 1),
+            "backlog": self.backlog(),
             "refused": {reason: slots.sum(REFUSED + place) for place, reason in enumerate(REASONS)},
             "processes": [self._process(index) for index in range(len(slots))],
         }
@@ -138,3 +170,8 @@ class Status:
             "restarts": max(0, slot[STARTS] - 1),
             "away": bool(slot[AWAY_SINCE_MS]),
         }
+
+
+def finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """Numbers as JSON can have them: None for infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}

@@ -60,6 +60,7 @@ class Slots:
         self._slots = [cells[i * _CELLS : (i + 1) * _CELLS] for i in range(count)]
         self._lock = os.memfd_create("slots-lock")
         weakref.finalize(self, os.close, self._lock)
+        self.began_at_s = time.time()  # with the server that they are made for
 
     def __len__(self) -> int:
         return len(self._slots)

@@ -19,4 +19,4 @@ def choose_libev() -> None:
     """
     import gevent
 
-    gevent.config.loop = ["libev-cext", "libev-cffi"]
+    gevent.config.loop = "libev-cext,libev-cffi"

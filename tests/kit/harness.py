@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -172,7 +173,7 @@ class ServerCommand(Command):
             inside=inside,
         )
         try:
-            self.first_line = self.line()
+            self.first_line = self.told()
             match = re.fullmatch(r"Listening on (\S+) with (\d+) workers .*", self.first_line)
             assert match, self.first_line
         except BaseException as error:
@@ -184,6 +185,11 @@ class ServerCommand(Command):
     def __enter__(self) -> ServerCommand:
         return self
 
+    def told(self) -> str:
+        """The next line of standard output, as text also where it is JSON."""
+        line = self.line()
+        return str(json.loads(line)["message"]) if line.startswith("{") else line
+
     def connect(self) -> Peer:
         return Peer(self.address)
 
@@ -194,9 +200,9 @@ class ServerCommand(Command):
 
     def farewell(self) -> tuple[int, int]:
         """Waits for the end of a server that was told to stop; total and requests it printed."""
-        total = re.fullmatch(r"Counter value: ([\d,]+)", self.line())
+        total = re.fullmatch(r"Counter value: ([\d,]+)", self.told())
         requests = re.fullmatch(
-            r"Server stopped after processing total requests: ([\d,]+)", self.line()
+            r"Server stopped after processing total requests: ([\d,]+)", self.told()
         )
         assert total
         assert requests
