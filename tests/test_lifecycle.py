@@ -125,3 +125,31 @@ def test_a_store_that_is_no_file_is_refused_and_nothing_is_put_beside_it(tmp_pat
         assert it.finish() == 1
         assert "not a regular file" in it.errors()
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@PROCESSES
+def test_a_loop_that_cannot_serve_is_named_with_the_remedy(processes: str) -> None:
+    flags = ("--port", "0", "--processes", processes)
+    with Command("server.py", *flags, environment={"GEVENT_LOOP": "libuv"}) as server:
+        assert server.finish() == (1 if processes == "0" else 3)
+        said = server.errors()
+        assert "gevent runs on libuv, this server on libev; unset GEVENT_LOOP" in said
+        assert "Traceback" not in said
+
+
+@PROCESSES
+def test_a_thread_that_cannot_be_had_is_said_with_the_remedy(
+    processes: str, tmp_path: Path
+) -> None:
+    script = (
+        "import _thread, server, sys\n"
+        'def refuse(*_): raise RuntimeError("can\'t start new thread")\n'
+        "_thread.start_new_thread = refuse\n"
+        "sys.exit(server.main(sys.argv[1:]))\n"
+    )
+    store = ("--store", f"sqlite:{tmp_path / 'counter.db'}")
+    with Command("-c", script, "--port", "0", "--processes", processes, *store) as server:
+        assert server.finish() == (1 if processes == "0" else 3)
+        said = server.errors()
+        assert "no thread for the store: can't start new thread; raise the limit" in said
+        assert "Traceback" not in said

@@ -17,6 +17,7 @@ from gevent import monkey
 from gevent.event import Event
 
 from counter.options.server import ServerSettings
+from counter.processes.child import CannotServe
 from counter.processes.orders import Order, Orders
 from counter.processes.slots import Slots
 from counter.serving.server import CounterServer
@@ -56,6 +57,9 @@ class ServingProcess:
         monkey.patch_all()
         # Where each greenlet was spawned is of no use here and costs 2 us a connection.
         gevent.config.track_greenlet_tree = False
+        loop = gevent.get_hub().loop
+        if ".libev." not in type(loop).__module__:
+            raise CannotServe("gevent runs on libuv, this server on libev; unset GEVENT_LOOP")
         self._stop, self._cut = Event(), Event()
         # Before the certificates are read: who is told to read them again has it done.
         listening = self.listen_to_orders()
