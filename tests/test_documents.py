@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from client import CounterClient
 from counter.options.client import ClientSettings
 from counter.options.server import ServerSettings
 from counter.system.version import VERSION
 from kit.certificates import Pair, TlsPeer, kit, trusting
-from kit.harness import ROOT, Command, ServerCommand
+from kit.harness import ROOT, Command, ScriptedServer, ServerCommand, receive_exactly
 from kit.redis_server import RedisServer
+from protocol import REPLY_SIZE, REQUEST_SIZE
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -183,6 +189,42 @@ def test_the_certificates_of_the_documents_are_good_for_mutual_tls(tmp_path: Pat
         with TlsPeer(address, trusting(ca, client_pair)) as peer:
             assert peer.add(5) == 5
         server.stop()
+
+
+def test_the_recipe_for_a_sole_writer_counts_each_addition_once(tmp_path: Path) -> None:
+    document = (ROOT / "docs/operations.md").read_text()
+    (recipe,) = [
+        b for b in re.findall(r"^```python\n(.*?)^```", document, re.M | re.S) if "once" in b
+    ]
+    names: dict[str, Any] = {}
+    exec(recipe.replace("counter_client", "client"), names)
+    flags = ["--processes", "1", "--store", f"sqlite:{tmp_path}/counter.db"]
+    with ServerCommand(*flags) as server:
+        fates = itertools.cycle(["passes", "request is lost", "passes", "passes", "reply is lost"])
+        seen = Counter[str]()
+
+        def cut(near: socket.socket) -> None:
+            """Passes frames and replies on, but for those whose fate is to be lost."""
+            with server.connect() as far:
+                while frame := near.recv(REQUEST_SIZE):
+                    fate = next(fates)
+                    seen[fate] += 1
+                    if fate == "request is lost":
+                        return
+                    far.send(frame)
+                    reply = receive_exactly(far.sock, REPLY_SIZE)
+                    if fate == "reply is lost":
+                        return
+                    near.sendall(reply)
+
+        total = 0
+        with ScriptedServer(cut) as proxy, CounterClient(proxy.address) as counter:
+            for amount in range(1, 31):
+                total = names["add_once"](counter, total, amount)
+                assert total == amount * (amount + 1) // 2
+        assert all(seen.values())
+        assert len(seen) == 3
+        assert server.stop()[0] == total
 
 
 def test_a_shell_without_any_client_can_add() -> None:

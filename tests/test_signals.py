@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from kit.harness import ServerCommand, children, is_alive, wait_until
+from counter.processes.signals import ASKING_SIGNALS, STOP_SIGNALS, UNUSED_SIGNALS
+from kit.harness import ROOT, ServerCommand, children, is_alive, wait_until
 from protocol import encode_frame
 from test_lifecycle import queue_held
 
@@ -111,4 +113,55 @@ def test_a_frame_that_came_while_the_server_stood_still_is_not_late(processes: s
                 for pid in pids:
                     os.kill(pid, signal.SIGCONT)
                 assert peer.totals(1) == [total]
+        server.stop()
+
+
+def table() -> dict[str, set[signal.Signals]]:
+    """docs/operations.md's table: what signals do, and which."""
+    document = (ROOT / "docs/operations.md").read_text()
+    text = document.partition("| sent to the master |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| ([^|]*SIG[^|]*) \| (.*) \|$", text, re.MULTILINE)
+    return {
+        what: {signal.Signals[name] for name in re.findall(r"SIG[A-Z0-9]+", who)}
+        for who, what in rows
+    }
+
+
+def listed(first_words: str) -> set[signal.Signals]:
+    """The signals of the row whose explanation begins so."""
+    (numbers,) = [numbers for what, numbers in table().items() if what.startswith(first_words)]
+    return numbers
+
+
+def test_the_table_of_signals_has_each_once_and_tells_what_the_master_takes_it_for() -> None:
+    everything = [number for numbers in table().values() for number in numbers]
+    assert len(everything) == len(set(everything))
+    assert set(everything) == set(signal.Signals)
+    assert listed("drains") == set(STOP_SIGNALS)
+    assert listed("nothing but a line in the log") == set(UNUSED_SIGNALS) & set(signal.Signals)
+    assert listed("loads the certificates") | listed("writes settings") == set(ASKING_SIGNALS)
+
+
+def test_signals_that_do_nothing_by_the_table_do_nothing() -> None:
+    (numbers,) = [numbers for what, numbers in table().items() if what == "nothing"]
+    with ServerCommand("--processes", "2") as server, server.connect() as peer:
+        for number in numbers:
+            server.signal(number)
+        assert peer.add(5) == 5
+        assert server.stop() == (5, 1)
+
+
+def test_a_server_whose_master_is_stopped_serves_on_and_replaces_the_dead_later() -> None:
+    with ServerCommand("--processes", "1") as server, server.connect() as peer:
+        assert peer.add(5) == 5
+        (serving,) = children(server.process.pid)
+        server.signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, server.process.pid, os.WSTOPPED)
+        assert peer.add(5) == 10
+        os.kill(serving, signal.SIGKILL)
+        peer.expect_eof()
+        server.signal(signal.SIGCONT)
+        server.error_line_with("is replaced")
+        with server.connect() as other:
+            assert other.add(5) == 15
         server.stop()
