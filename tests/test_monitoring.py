@@ -57,8 +57,9 @@ def durable_server(directory: Path) -> Iterator[tuple[ServerCommand, str]]:
 def test_alerts_and_dashboard_ask_for_metrics_that_there_are(tmp_path: Path) -> None:
     with durable_server(tmp_path) as (_, admin):
         with urlopen(f"http://{admin}/metrics") as answer:
-            exported = set(re.findall(r"^(counter_\w+)", answer.read().decode(), re.M))
-    asked = set(re.findall(r"\bcounter_\w+", ALERTS.read_text() + DASHBOARD.read_text()))
+            exported = set(re.findall(r"^(\w+)", answer.read().decode(), re.M))
+    queries = ALERTS.read_text() + DASHBOARD.read_text()
+    asked = set(re.findall(r"\b(?:counter|process)_\w+", queries))
     assert len(asked) > 10
     assert asked <= exported
 
