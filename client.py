@@ -681,7 +681,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add(address: str, timeout_s: float, tls: ssl.SSLContext | None, amount: int) -> int:
-    with CounterClient(address, timeout_s, tls) as counter:
+    # The command takes a timeout of a year, which no socket does.
+    with CounterClient(address, min(timeout_s, MAX_TIMEOUT_S), tls) as counter:
         return counter.add(amount)
 
 

@@ -531,3 +531,11 @@ def test_a_result_that_cannot_be_written_is_one_line_and_exit_5() -> None:
             assert ran.returncode == 5
             assert b"cannot write the result: No space left on device" in ran.stderr
             assert b"Traceback" not in ran.stderr
+
+
+def test_one_request_may_be_given_a_year() -> None:
+    with ServerCommand("--processes", "1") as server:
+        with client(server.address, "--add", "5", "--timeout", "8760h") as command:
+            assert command.line() == "5"
+            assert command.finish() == 0
+        server.stop()
