@@ -600,8 +600,12 @@ def shown_certificates(address: str, context: ssl.SSLContext | None = None) -> s
 
 @contextmanager
 def adding(address: str, own: Pair | None = None) -> Iterator[list[int]]:
-    """Threads that add 1 again and again, each on one connection that must not be lost."""
+    """Threads that add 1 again and again, each on one connection that must not be lost.
+
+    All are connected when the body begins.
+    """
     stop = threading.Event()
+    connected: list[object] = []
     counts: list[int] = []
     failures: list[Exception] = []
 
@@ -613,7 +617,9 @@ def adding(address: str, own: Pair | None = None) -> Iterator[list[int]]:
                 while not stop.is_set():
                     counter.add(1)
                     count += 1
-                    first = first or counter._line.sock
+                    if first is None:
+                        first = counter._line.sock
+                        connected.append(first)
                     assert counter._line.sock is first, "the connection was lost"
         except Exception as error:
             failures.append(error)
@@ -623,6 +629,7 @@ def adding(address: str, own: Pair | None = None) -> Iterator[list[int]]:
     for thread in threads:
         thread.start()
     try:
+        wait_until(lambda: len(connected) == len(threads) or bool(failures), "all are connected")
         yield counts
     finally:
         stop.set()
