@@ -21,7 +21,7 @@ from __future__ import annotations
 from counter.proof import gaps
 from counter.proof.chain import Chain, Holes, disorder
 from counter.proof.history import EXPLAINED, LIMIT, PROVED, UNDECIDED, History, Verdict
-from counter.proof.wrapped import verify_laps
+from counter.proof.wrapped import verify_wrapped
 
 
 def verify(history: History, shared: bool = False, missing: str = "") -> Verdict:
@@ -33,7 +33,7 @@ def verify(history: History, shared: bool = False, missing: str = "") -> Verdict
     if history.before is None:
         return Verdict(UNDECIDED, "the server's total could not be read before the run")
     if history.sum() >= LIMIT:
-        return verify_laps(history, alone=not (shared or missing), missing=missing)
+        return verify_wrapped(history, alone=not (shared or missing), missing=missing)
     chain = Chain(history)
     wrong = chain.outside() or chain.overlap() or disorder(history, chain.order)
     if wrong:

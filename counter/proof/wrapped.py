@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _WHY = "what was sent sums to 2^64 or more, so totals repeat"
 
 
-def verify_laps(history: History, alone: bool, missing: str) -> Verdict:
+def verify_wrapped(history: History, alone: bool, missing: str) -> Verdict:
     """The verdict, as verify() gives it; `alone`: nobody else added, and nothing is missing."""
     import numpy as np
 
