@@ -337,6 +337,26 @@ def test_ctrl_c_stops_early_and_still_reports() -> None:
             assert command.errors() == f"interrupted; {waiting}\n"
 
 
+INHERITED = """
+import os, signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_what_a_parent_left_ignored_or_blocked_loses_no_report() -> None:
+    """cron, shells and supervisors leave SIGCHLD ignored, and some their mask."""
+    with ServerCommand() as server:
+        arguments = ("--serverAddress", server.address, "--duration", "1h", "--warmup", "0")
+        inside = (sys.executable, "-c", INHERITED)
+        with Command("client.py", *arguments, "--processes", "2", inside=inside) as command:
+            wait_for_load(server)
+            command.signal(signal.SIGINT)
+            assert command.finish() == 130
+            assert "check     ok: the total grew by exactly" in command.output()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_ends_are_reported_as_ctrl_c_is(number: signal.Signals) -> None:
     with ServerCommand() as server:
