@@ -28,7 +28,7 @@ try:
     from counter.admin.status import Status
     from counter.options.parser import read_settings
     from counter.options.server import ServerSettings
-    from counter.processes.child import Child
+    from counter.processes.child import CannotServe, Child
     from counter.processes.master import CannotBoot, Master
     from counter.processes.orders import Order, Orders
     from counter.processes.signals import STOP_SIGNALS, Stopped, name_of, stop_on_signals
@@ -313,13 +313,15 @@ def serve(settings: ServerSettings) -> int:
     if shared.admin:
         where = format_address(*shared.admin.getsockname()[:2])
         _log.info("the admin port is at http://%s/", where)
-    if processes:
-        try:
+    try:
+        if processes:
             Supervised(shared).run()
-        except CannotBoot as error:
-            return fail(str(error), EXIT_CANNOT_BOOT)
-    else:
-        Unsupervised(shared).serve()
+        else:
+            Unsupervised(shared).serve()
+    except CannotBoot as error:
+        return fail(str(error), EXIT_CANNOT_BOOT)
+    except CannotServe as error:
+        return fail(str(error), EXIT_CANNOT_START)
     total, requests = shared.keeper.last_total(shared.slots), shared.slots.sum(REQUESTS)
     say(settings, f"Counter value: {total:,}", total=str(total))
     stopped = f"Server stopped after processing total requests: {requests:,}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kit.admin_server import AdminServer
-from kit.harness import ROOT, Command, ServerCommand, wait_until
+from kit.harness import ROOT, Command, Peer, ServerCommand, wait_until
 from kit.redis_server import RedisServer
 
 PROCESSES = pytest.mark.parametrize("processes", ["0", "2"])
@@ -125,3 +125,34 @@ def test_a_store_that_is_no_file_is_refused_and_nothing_is_put_beside_it(tmp_pat
         assert it.finish() == 1
         assert "not a regular file" in it.errors()
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@PROCESSES
+@pytest.mark.parametrize("variable", ["GEVENT_LOOP=libuv", "LIBEV_FLAGS=1", "LIBEV_FLAGS=2"])
+def test_gevents_environment_changes_nothing(processes: str, variable: str) -> None:
+    name, _, value = variable.partition("=")
+    flags = ("--port", "0", "--processes", processes, "--adminPort", "0")
+    with Command("server.py", *flags, environment={name: value}) as server:
+        with Peer(server.line().split()[2]) as peer:
+            assert peer.add(5) == 5
+        server.signal(signal.SIGTERM)
+        assert server.finish() == 0
+        assert "Traceback" not in server.errors()
+
+
+@PROCESSES
+def test_a_thread_that_cannot_be_had_is_said_with_the_remedy(
+    processes: str, tmp_path: Path
+) -> None:
+    script = (
+        "import _thread, server, sys\n"
+        'def refuse(*_): raise RuntimeError("can\'t start new thread")\n'
+        "_thread.start_new_thread = refuse\n"
+        "sys.exit(server.main(sys.argv[1:]))\n"
+    )
+    store = ("--store", f"sqlite:{tmp_path / 'counter.db'}")
+    with Command("-c", script, "--port", "0", "--processes", processes, *store) as server:
+        assert server.finish() == (1 if processes == "0" else 3)
+        said = server.errors()
+        assert "no thread for the store: can't start new thread; raise the limit" in said
+        assert "Traceback" not in said

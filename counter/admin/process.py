@@ -13,7 +13,7 @@ from gevent.event import Event
 from counter.admin.status import Status
 from counter.processes.orders import Order, Orders
 from counter.processes.slots import PID
-from counter.system.libev import READ
+from counter.system.libev import READ, choose_libev
 
 # It ends when the serving processes have; it looks so often.
 LOOK_S: Final = 0.02
@@ -23,6 +23,7 @@ def serve_admin(
     listener: socket.socket, status: Status, orders: Orders, ready: Callable[[], None]
 ) -> None:
     """Serves the admin port in this process; `ready` is called once it answers."""
+    choose_libev()
     monkey.patch_all()
     from counter.admin.http import Admin
 

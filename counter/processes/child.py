@@ -48,6 +48,10 @@ class Child(ABC):
         """Called in the master when its process has died, before it is replaced."""
 
 
+class CannotServe(Exception):
+    """This process lacks what it needs to serve: what it is, and what to do about it."""
+
+
 class ChildError(Exception):
     """A helping process gave no answer."""
 

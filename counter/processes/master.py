@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Final, NoReturn, Protocol
 
-from counter.processes.child import Child, die_with_parent
+from counter.processes.child import CannotServe, Child, die_with_parent
 from counter.processes.orders import Order, Ordering
 from counter.processes.signals import (
     HANDLED,
@@ -252,6 +252,8 @@ class Master:
                 other.close()
             orders = ordering.become_child()
             code = self._children[index].live(orders, lambda: self._say_ready(index))
+        except CannotServe as error:
+            _log.error("%s cannot serve: %s", self._children[index].name, error)
         except Exception:
             _log.exception("%s failed", self._children[index].name)
             code = 1 if self._ready[index] else EXIT_CANNOT_BOOT

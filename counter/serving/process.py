@@ -20,7 +20,7 @@ from counter.options.server import ServerSettings
 from counter.processes.orders import Order, Orders
 from counter.processes.slots import Slots
 from counter.serving.server import CounterServer
-from counter.system.libev import READ
+from counter.system.libev import READ, choose_libev
 from counter.tls.certificates import Certificates
 from counter.totals.keeper import Keeper
 
@@ -53,6 +53,7 @@ class ServingProcess:
 
     def run(self, ready: Callable[[], None]) -> None:
         """Serves until it is told to end, and drains; `ready` is called once it serves."""
+        choose_libev()
         monkey.patch_all()
         # Where each greenlet was spawned is of no use here and costs 2 us a connection.
         gevent.config.track_greenlet_tree = False

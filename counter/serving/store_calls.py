@@ -13,6 +13,8 @@ from typing import Any
 import gevent
 from gevent import monkey
 
+from counter.processes.child import CannotServe
+
 Call = Callable[[], int | None]
 OnEnd = Callable[[int | None, Exception | None], None]
 
@@ -69,7 +71,11 @@ class ThreadCaller(StoreCaller):
         self._gate.acquire()
         self._ended = gevent.get_hub().loop.async_()
         self._ended.start(lambda: self._on_end(*self._outcome))
-        monkey.get_original("_thread", "start_new_thread")(self._live, ())
+        try:
+            monkey.get_original("_thread", "start_new_thread")(self._live, ())
+        except RuntimeError as error:
+            remedy = "raise the limit of threads (ulimit -u, or the container's of pids)"
+            raise CannotServe(f"no thread for the store: {error}; {remedy}") from None
 
     def run(self, call: Call) -> None:
         self._call = call

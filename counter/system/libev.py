@@ -10,3 +10,13 @@ from typing import Final
 
 READ: Final = 1
 WRITE: Final = 2
+
+
+def choose_libev() -> None:
+    """Has gevent run on libev, whatever its environment says; before the hub is made.
+
+    What is used here of watchers libuv does not have.
+    """
+    import gevent
+
+    gevent.config.loop = ["libev-cext", "libev-cffi"]
