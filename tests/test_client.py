@@ -516,6 +516,35 @@ def test_ctrl_c_in_a_terminal_is_one_signal_and_still_reports() -> None:
             assert process.wait(20) == 130
 
 
+@pytest.mark.parametrize("last", ["a further request follows", "it is the last reply"])
+def test_a_load_that_stood_still_takes_what_came_meanwhile(last: str) -> None:
+    """SIGSTOP, Ctrl-Z and fg, docker pause: the reply lies in the socket when the time is over."""
+    asked, stopped = threading.Event(), threading.Event()
+    answered = itertools.count()
+
+    def script(sock: socket.socket) -> None:
+        while True:
+            receive_exactly(sock, 16)
+            if (number := next(answered)) == 20:
+                asked.set()
+                stopped.wait(20)
+            sock.sendall(encode_total(min(number, requests)))
+
+    requests = 20 if last.startswith("it") else 40
+    with ScriptedServer(script) as server:
+        arguments = ("--connections", "1", "--requests", str(requests), "--warmup", "0")
+        with client(server.address, *arguments, "--timeout", "500ms") as command:
+            assert asked.wait(20)
+            (load,) = children(command.process.pid)
+            os.kill(load, signal.SIGSTOP)
+            stopped.set()
+            going_on_at = time.monotonic() + 1.5
+            wait_until(lambda: time.monotonic() > going_on_at, "the timeout is over")
+            os.kill(load, signal.SIGCONT)
+            assert command.finish() == 0
+            assert "errors    none" in command.output()
+
+
 def test_a_peer_that_accepts_and_closes_is_reported_and_breaks_nothing() -> None:
     accepted = itertools.count()
 

@@ -21,7 +21,7 @@ from gevent.event import Event
 from counter.load.process import LoadProcess
 from counter.load.recording import Recording
 from counter.load.share import Share
-from counter.system.libev import READ
+from counter.system.libev import READ, choose_libev
 
 PROGRESS_S: Final = 0.5  # between two results so far
 
@@ -30,6 +30,7 @@ def live(share: Share, pipe: PipeEnd, is_first: bool, recording: Recording | Non
     """The life of a load process, from its fork to its end; does not return."""
     code = 1
     try:
+        choose_libev()
         process = LoadProcess(share, recording.connection) if recording else LoadProcess(share)
         orders = _Orders(process, pipe)
         if is_first:
