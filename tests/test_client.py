@@ -107,6 +107,42 @@ def test_add_and_read_print_the_total() -> None:
         assert run_client(server.address, "--read") == (0, "5\n")
 
 
+def test_a_lack_of_descriptors_is_said_with_the_remedy() -> None:
+    with ServerCommand("--multiplier", "100") as server:
+        arguments = ("--connections", "40", "--processes", "1", *SHORT)
+        with Command(
+            "client.py", "--serverAddress", server.address, *arguments, descriptors=30
+        ) as command:
+            assert command.finish() == 5
+            shown = command.output()
+            assert "connect: too many open files: " in shown
+            assert "note      raise the descriptor limit (ulimit -n), or lower" in shown
+            assert "check     ok: the total grew by exactly" in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["--processes", "2"], ["--verify"]])
+def test_too_few_descriptors_to_begin_are_one_line_with_the_remedy(arguments: list[str]) -> None:
+    with ServerCommand() as server:
+        with Command(
+            "client.py", "--serverAddress", server.address, *SHORT, *arguments, descriptors=8
+        ) as command:
+            assert command.finish() in (1, 2)
+            (why,) = command.errors().splitlines()
+            assert "too many open files" in why.lower()
+            assert "(ulimit -n)" in why
+
+
+def test_a_load_process_has_no_threads() -> None:
+    """Those that NumPy would start multiply matrices, and cannot start where they are limited."""
+    with ServerCommand() as server:
+        arguments = ("--duration", "1h", "--pipeline", "128", "--processes", "1", "--verify")
+        with client(server.address, *arguments) as command:
+            command.error_line_with("Starting")
+            (load,) = children(command.process.pid)
+            assert len(os.listdir(f"/proc/{load}/task")) == 1
+            assert b"numpy" in Path(f"/proc/{load}/maps").read_bytes()
+
+
 def test_more_connections_than_workers_are_errors_that_are_reported() -> None:
     with ServerCommand(workers=2) as server:
         code, shown = run_client(
@@ -334,7 +370,7 @@ def test_ctrl_c_stops_early_and_still_reports() -> None:
             assert shown.startswith("Interrupted after")
             assert "check     ok: the total grew by exactly" in shown
             waiting = "waiting up to 10 s for the replies in flight, Ctrl-C again to stop waiting"
-            assert command.errors() == f"interrupted; {waiting}\n"
+            assert command.errors().endswith(f"for 1h\ninterrupted; {waiting}\n")
 
 
 INHERITED = """
@@ -391,7 +427,8 @@ def test_a_second_ctrl_c_reports_without_waiting(verify: tuple[str, ...]) -> Non
         with client(server.address, *arguments, *verify) as command:
             assert stalled.wait(20)
             command.signal(signal.SIGINT)
-            assert command.error_line().startswith("interrupted; waiting up to 3600 s for the")
+            waiting = command.error_line_with("interrupted")
+            assert waiting.startswith("interrupted; waiting up to 3600 s for the")
             command.signal(signal.SIGINT)
             assert command.finish() == 130
             shown = command.output()
@@ -410,7 +447,7 @@ def test_a_second_ctrl_c_ends_the_wait_for_the_closing_read_too() -> None:
         with client(server.address, *arguments) as command:
             assert stalled.wait(20)
             command.signal(signal.SIGINT)
-            assert command.error_line().startswith("interrupted; ")
+            command.error_line_with("interrupted; ")
             command.signal(signal.SIGINT)
             assert command.finish() == 130
             assert "total     0 before, unknown after" in command.output()
@@ -469,6 +506,23 @@ def test_a_terminal_shows_progress_and_a_pipe_does_not() -> None:
         assert re.search(r"%  \d s left .*\d requests a second, p99 \d", shown)
         assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is shown again"
         with client(server.address, "--duration", "1500ms") as command:
+            assert command.finish() == 0
+            (said,) = command.errors().splitlines()
+            assert said.endswith(" connections for 1.5s after 1s of warm-up")
+
+
+def test_where_there_is_no_terminal_the_log_says_once_what_begins() -> None:
+    """So that a log does not look as if the client hung; a machine's log is JSON, and stays so."""
+    bounds = ("--connections", "3", "--requests", "2000", "--duration", "1m", "--warmup", "0")
+    with ServerCommand() as server:
+        with client(server.address, *bounds, "--logFormat", "json") as command:
+            assert command.finish() == 0
+            (line,) = map(json.loads, command.errors().splitlines())
+            assert (line["level"], line["message"]) == (
+                "info",
+                "Starting 3 connections for 1m or 2,000 requests",
+            )
+        with client(server.address, *bounds, "--logLevel", "warning") as command:
             assert command.finish() == 0
             assert command.errors() == ""
 
