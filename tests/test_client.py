@@ -107,6 +107,42 @@ def test_add_and_read_print_the_total() -> None:
         assert run_client(server.address, "--read") == (0, "5\n")
 
 
+def test_a_lack_of_descriptors_is_said_with_the_remedy() -> None:
+    with ServerCommand("--multiplier", "100") as server:
+        arguments = ("--connections", "40", "--processes", "1", *SHORT)
+        with Command(
+            "client.py", "--serverAddress", server.address, *arguments, descriptors=30
+        ) as command:
+            assert command.finish() == 5
+            shown = command.output()
+            assert "connect: too many open files: " in shown
+            assert "note      raise the descriptor limit (ulimit -n), or lower" in shown
+            assert "check     ok: the total grew by exactly" in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["--processes", "2"], ["--verify"]])
+def test_too_few_descriptors_to_begin_are_one_line_with_the_remedy(arguments: list[str]) -> None:
+    with ServerCommand() as server:
+        with Command(
+            "client.py", "--serverAddress", server.address, *SHORT, *arguments, descriptors=8
+        ) as command:
+            assert command.finish() in (1, 2)
+            (why,) = command.errors().splitlines()
+            assert "too many open files" in why.lower()
+            assert "(ulimit -n)" in why
+
+
+def test_a_load_process_has_no_threads() -> None:
+    """Those that NumPy would start multiply matrices, and cannot start where they are limited."""
+    with ServerCommand() as server:
+        arguments = ("--duration", "1h", "--pipeline", "128", "--processes", "1", "--verify")
+        with client(server.address, *arguments) as command:
+            command.error_line_with("Starting")
+            (load,) = children(command.process.pid)
+            assert len(os.listdir(f"/proc/{load}/task")) == 1
+            assert b"numpy" in Path(f"/proc/{load}/maps").read_bytes()
+
+
 def test_more_connections_than_workers_are_errors_that_are_reported() -> None:
     with ServerCommand(workers=2) as server:
         code, shown = run_client(
@@ -334,7 +370,27 @@ def test_ctrl_c_stops_early_and_still_reports() -> None:
             assert shown.startswith("Interrupted after")
             assert "check     ok: the total grew by exactly" in shown
             waiting = "waiting up to 10 s for the replies in flight, Ctrl-C again to stop waiting"
-            assert command.errors() == f"interrupted; {waiting}\n"
+            assert command.errors().endswith(f"for 1h\ninterrupted; {waiting}\n")
+
+
+INHERITED = """
+import os, signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_what_a_parent_left_ignored_or_blocked_loses_no_report() -> None:
+    """cron, shells and supervisors leave SIGCHLD ignored, and some their mask."""
+    with ServerCommand() as server:
+        arguments = ("--serverAddress", server.address, "--duration", "1h", "--warmup", "0")
+        inside = (sys.executable, "-c", INHERITED)
+        with Command("client.py", *arguments, "--processes", "2", inside=inside) as command:
+            wait_for_load(server)
+            command.signal(signal.SIGINT)
+            assert command.finish() == 130
+            assert "check     ok: the total grew by exactly" in command.output()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -371,7 +427,8 @@ def test_a_second_ctrl_c_reports_without_waiting(verify: tuple[str, ...]) -> Non
         with client(server.address, *arguments, *verify) as command:
             assert stalled.wait(20)
             command.signal(signal.SIGINT)
-            assert command.error_line().startswith("interrupted; waiting up to 3600 s for the")
+            waiting = command.error_line_with("interrupted")
+            assert waiting.startswith("interrupted; waiting up to 3600 s for the")
             command.signal(signal.SIGINT)
             assert command.finish() == 130
             shown = command.output()
@@ -390,7 +447,7 @@ def test_a_second_ctrl_c_ends_the_wait_for_the_closing_read_too() -> None:
         with client(server.address, *arguments) as command:
             assert stalled.wait(20)
             command.signal(signal.SIGINT)
-            assert command.error_line().startswith("interrupted; ")
+            command.error_line_with("interrupted; ")
             command.signal(signal.SIGINT)
             assert command.finish() == 130
             assert "total     0 before, unknown after" in command.output()
@@ -450,6 +507,23 @@ def test_a_terminal_shows_progress_and_a_pipe_does_not() -> None:
         assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is shown again"
         with client(server.address, "--duration", "1500ms") as command:
             assert command.finish() == 0
+            (said,) = command.errors().splitlines()
+            assert said.endswith(" connections for 1.5s after 1s of warm-up")
+
+
+def test_where_there_is_no_terminal_the_log_says_once_what_begins() -> None:
+    """So that a log does not look as if the client hung; a machine's log is JSON, and stays so."""
+    bounds = ("--connections", "3", "--requests", "2000", "--duration", "1m", "--warmup", "0")
+    with ServerCommand() as server:
+        with client(server.address, *bounds, "--logFormat", "json") as command:
+            assert command.finish() == 0
+            (line,) = map(json.loads, command.errors().splitlines())
+            assert (line["level"], line["message"]) == (
+                "info",
+                "Starting 3 connections for 1m or 2,000 requests",
+            )
+        with client(server.address, *bounds, "--logLevel", "warning") as command:
+            assert command.finish() == 0
             assert command.errors() == ""
 
 
@@ -494,6 +568,35 @@ def test_ctrl_c_in_a_terminal_is_one_signal_and_still_reports() -> None:
             shown = read_terminal_until(terminal, "ok: the total grew by exactly")
             assert "Interrupted after" in shown
             assert process.wait(20) == 130
+
+
+@pytest.mark.parametrize("last", ["a further request follows", "it is the last reply"])
+def test_a_load_that_stood_still_takes_what_came_meanwhile(last: str) -> None:
+    """SIGSTOP, Ctrl-Z and fg, docker pause: the reply lies in the socket when the time is over."""
+    asked, stopped = threading.Event(), threading.Event()
+    answered = itertools.count()
+
+    def script(sock: socket.socket) -> None:
+        while True:
+            receive_exactly(sock, 16)
+            if (number := next(answered)) == 20:
+                asked.set()
+                stopped.wait(20)
+            sock.sendall(encode_total(min(number, requests)))
+
+    requests = 20 if last.startswith("it") else 40
+    with ScriptedServer(script) as server:
+        arguments = ("--connections", "1", "--requests", str(requests), "--warmup", "0")
+        with client(server.address, *arguments, "--timeout", "500ms") as command:
+            assert asked.wait(20)
+            (load,) = children(command.process.pid)
+            os.kill(load, signal.SIGSTOP)
+            stopped.set()
+            going_on_at = time.monotonic() + 1.5
+            wait_until(lambda: time.monotonic() > going_on_at, "the timeout is over")
+            os.kill(load, signal.SIGCONT)
+            assert command.finish() == 0
+            assert "errors    none" in command.output()
 
 
 def test_a_peer_that_accepts_and_closes_is_reported_and_breaks_nothing() -> None:

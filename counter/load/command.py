@@ -18,6 +18,7 @@ from counter.system.exits import (
     EXIT_INTERRUPTED,
     EXIT_USAGE,
 )
+from counter.system.signals import undo_inherited
 from counter.system.streams import prepare_streams, write_result
 from counter.tls.snapshot import CertificateError
 from protocol import format_address
@@ -44,6 +45,7 @@ def run(arguments: Sequence[str] | None, library: Library) -> int:
     """The whole command; gives back its exit code. `arguments` are the process's unless given."""
     prepare_streams()
     try:
+        undo_inherited()
         return _obey(arguments, library)
     except CertificateError as error:
         return _fail(str(error), EXIT_USAGE)

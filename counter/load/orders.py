@@ -2,7 +2,8 @@
 
     parent   go, stop, cut, finish: words
     process  (before, total), (ready, -), (progress, result)..., (loaded, result), (result, result);
-             (failed, error) instead of the first where the server cannot be asked
+             (failed, error) instead of the first where the server cannot be asked, or this
+             process lacks what it needs
 
 The first process reads the total before and after the run; nobody else may have sent meanwhile.
 When the parent is gone its pipe ends, and so does the process.
@@ -21,7 +22,7 @@ from gevent.event import Event
 from counter.load.process import LoadProcess
 from counter.load.recording import Recording
 from counter.load.share import Share
-from counter.system.libev import READ
+from counter.system.libev import READ, choose_libev
 
 PROGRESS_S: Final = 0.5  # between two results so far
 
@@ -30,14 +31,15 @@ def live(share: Share, pipe: PipeEnd, is_first: bool, recording: Recording | Non
     """The life of a load process, from its fork to its end; does not return."""
     code = 1
     try:
-        process = LoadProcess(share, recording.connection) if recording else LoadProcess(share)
-        orders = _Orders(process, pipe)
+        try:
+            choose_libev()
+            process = LoadProcess(share, recording.connection) if recording else LoadProcess(share)
+            orders = _Orders(process, pipe)
+            total_before = process.read_total() if is_first else None
+        except (OSError, EOFError) as error:
+            pipe.send(("failed", error))
+            return
         if is_first:
-            try:
-                total_before = process.read_total()
-            except (OSError, EOFError) as error:
-                pipe.send(("failed", error))
-                return
             pipe.send(("before", total_before))
         process.open_all()
         pipe.send(("ready", None))

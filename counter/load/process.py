@@ -18,11 +18,11 @@ from counter.load.connection import LoadConnection
 from counter.load.dial import Dialler
 from counter.load.draw import Draw
 from counter.load.meter import Meter
+from counter.load.patience import Sweeps
 from counter.load.schedule import Pace, Slot
 from counter.load.share import Share
 from counter.results.result import Result
 
-SWEEP_S: Final = 0.25  # how late an overdue reply is noticed at most
 RECONNECT_S: Final = 0.1  # between attempts to open a lost connection again
 LOOK_S: Final = 0.002  # between looks whether the last replies have come
 
@@ -42,6 +42,7 @@ class LoadProcess:
         self.sending = False
         self.connections = [make(self) for _ in range(share.connections)]
         self._settings = share.settings
+        self._sweeps = Sweeps(share.settings.timeout_s)
         self._requests_left = share.requests
         self._measure_from_ns = 0
         self._stopped_ns = 0
@@ -102,7 +103,7 @@ class LoadProcess:
         """Begins the account of the run, and everything that happens at a time of its own."""
         warmup_s, planned_duration_s = self._settings.warmup_s, self._settings.planned_duration_s
         interval_s = self.meter.start(self._measure_from_ns, planned_duration_s)
-        sweeping = self.loop.timer(SWEEP_S, SWEEP_S)
+        sweeping = self.loop.timer(self._sweeps.interval_s, self._sweeps.interval_s)
         sweeping.start(self._sweep)
         sampling = self.loop.timer(warmup_s + interval_s, interval_s)
         sampling.start(self.meter.tick)
@@ -191,10 +192,10 @@ class LoadProcess:
         gevent.spawn(attempt)
 
     def _sweep(self) -> None:
-        now, timeout_ns = clock(), int(self._settings.timeout_s * 1e9)
+        late_before = self._sweeps.note(clock())
         for connection in self.connections:
-            if connection.overdue(now, timeout_ns):
-                connection.lose(TimeoutError())
+            if connection.is_overdue(late_before):
+                connection.judge(late_before)
 
     def _join_outstanding(self) -> None:
         """Waits for the replies in flight, until cut; the sweep ends those that do not come."""

@@ -8,6 +8,7 @@ Ctrl-C in a terminal is one signal; when the parent is gone their pipe ends, and
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -25,6 +26,7 @@ from counter.options.client import ClientSettings
 from counter.proof.history import UNDECIDED, Verdict
 from counter.proof.verify import verify
 from counter.results.result import PROCESS_DIED, Result, merged
+from counter.system.limits import spare_threads
 from counter.system.signals import WakePipe, blocked, handled
 
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -46,15 +48,16 @@ def run_load(
 ) -> Result:
     """Runs the load against the server of `settings` and gives back what it did.
 
-    Calls `progress` with the seconds since the start and the measured part so far, about twice a
-    second. OSError if the first connection cannot be made, EOFError if it ends without an answer,
-    CannotBegin and LoadProcessDied as they say.
+    Calls `progress` with the seconds since the start and the measured part so far, when the load
+    begins and about twice a second. OSError if the first connection cannot be made, EOFError if it
+    ends without an answer, CannotBegin and LoadProcessDied as they say.
 
     SIGINT, SIGTERM or SIGHUP ends the run early: `on_interrupt` is called, the replies in flight
     are waited for, and the result says `interrupted`. A second one ends that wait: the result says
     `cut` too, and the total afterwards is not read. A third raises KeyboardInterrupt, or ends the
     proof if it has begun.
     """
+    spare_threads()
     addresses = resolve(settings.server_address.host, settings.server_address.port)
     shares = split(settings, cpus, addresses)
     recordings = make_recordings(settings, len(shares))
@@ -65,7 +68,7 @@ def run_load(
         finally:
             run.kill()
     if recordings:
-        # Only now, because NumPy starts threads, and a process with threads does not fork.
+        # Only now, because NumPy may start threads, and a process with threads does not fork.
         result.proof = prove(result, recordings, settings.verify == "shared")
     return result
 
@@ -80,6 +83,8 @@ def make_recordings(settings: ClientSettings, count: int) -> list[Recording]:
         return [Recording(amount) for _ in range(count)]
     except OSError as error:
         remedy = "set TMPDIR to a folder that can be written"
+        if error.errno == errno.EMFILE:
+            remedy = "raise the limit (ulimit -n) or lower --processes"
         raise CannotBegin(f"--verify cannot record: {error.strerror}; {remedy}") from None
 
 
@@ -133,6 +138,7 @@ class _Run:
         started_at = time.monotonic()
         self.interrupts.start_counting()
         self.tell("go")
+        progress(0.0, Result(connections=sum(share.connections for share in self.shares)))
         loading = set(self.pids)
         while loading:
             self.collect(loading, "loaded", time.monotonic() + PROGRESS_S)

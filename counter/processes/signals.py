@@ -9,6 +9,8 @@ import signal
 from types import FrameType
 from typing import Final
 
+from counter.system.signals import undo_inherited
+
 # SIGPWR: the power fails. SIGXCPU: the time that the process may compute is up.
 STOP_SIGNALS: Final = (
     signal.SIGTERM,
@@ -44,20 +46,16 @@ class Stopped(BaseException):
 def stop_on_signals() -> None:
     """Has the signals that stop raise Stopped, and the others do nothing: for the times before and
     after the program serves. As the first process of a container it would otherwise not end.
-
-    What a parent left ignored or blocked is put right: cron and some supervisors ignore SIGCHLD,
-    and a process that inherits that is never told how its children ended.
     """
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         raise Stopped
 
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in STOP_SIGNALS:
         signal.signal(number, on_signal)
     for number in (*ASKING_SIGNALS, *UNUSED_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    undo_inherited()
 
 
 def ignore_signals() -> None:

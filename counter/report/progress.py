@@ -1,6 +1,9 @@
 """The bar on a terminal while a run lasts: how far it is, its rate, its p99 and errors.
 
-What it says is a pure function of the result so far; rich draws it, and is imported only where
+Where there is no terminal the log says once what begins, and nothing more until the end: it is read
+later, or by a machine.
+
+What the bar says is a pure function of the result so far; rich draws it, and is imported only where
 there is a terminal. Its own refreshing, a thread, stays off: the parent forks, and has no thread.
 The bar is drawn when results come, twice a second, and is gone afterwards.
 """
@@ -8,16 +11,20 @@ The bar is drawn when results come, twice a second, and is gone afterwards.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TextIO
 
 from counter.options.client import ClientSettings
+from counter.options.values import Seconds
 from counter.report.units import count, format_ns
 from counter.results.result import Result
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+_log = logging.getLogger("client")
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,17 @@ def standing(elapsed_s: float, so_far: Result, settings: ClientSettings, rate: f
     return Standing(min(1.0, share), left, ", ".join(pace))
 
 
+def beginning(connections: int, settings: ClientSettings) -> str:
+    """What begins: the load and what bounds it."""
+    bounds = []
+    if settings.planned_duration_s is not None:
+        bounds.append(str(Seconds(settings.planned_duration_s)))
+    if settings.requests is not None:
+        bounds.append(count(settings.requests, "request"))
+    warmup = f" after {Seconds(settings.warmup_s)} of warm-up" if settings.warmup_s else ""
+    return f"Starting {count(connections, 'connection')} for {' or '.join(bounds)}{warmup}"
+
+
 def format_left(whole_s: float | None, elapsed_s: float) -> str:
     """What is left of some time: 59 s, 1:05, 2:00:00, or ? where nobody knows."""
     if whole_s is None:
@@ -84,18 +102,25 @@ def format_left(whole_s: float | None, elapsed_s: float) -> str:
 
 
 class ProgressBar:
-    """Shows where a run stands, if the stream is a terminal; a context that leaves it clean."""
+    """Shows where a run stands, if the stream is a terminal; a context that leaves it clean.
+
+    Otherwise the first update is logged, as the beginning of the run.
+    """
 
     def __init__(self, settings: ClientSettings, stream: TextIO) -> None:
         self._settings = settings
         self._stream = stream
         self._rate = RecentRate()
         self._shown = stream.isatty()
+        self._says_start = not self._shown
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
     def update(self, elapsed_s: float, so_far: Result) -> None:
         """Draws the bar anew."""
+        if self._says_start:
+            self._says_start = False
+            _log.info("%s", beginning(so_far.connections, self._settings))
         if not self._shown:
             return
         try:

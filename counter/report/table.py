@@ -5,6 +5,8 @@ compute -> lines -> sink: here are the lines. Nothing is measured, judged or wri
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from typing import Final
 
@@ -22,6 +24,16 @@ SATURATED_S: Final = 0.5  # below, the share is mostly the start of the run
 # Up to these, requests that were due and not sent are those of the last instant.
 BEHIND: Final = 5
 BEHIND_SHARE: Final = 0.01
+
+
+# What to do about an error, by the end of its kind.
+_NOTES: Final = {
+    "timeout": "no reply in time: has the server fewer workers than connections?",
+    os.strerror(errno.EMFILE).lower(): "raise the descriptor limit (ulimit -n), or lower "
+    "--connections",
+    os.strerror(errno.EADDRNOTAVAIL).lower(): "every local port is taken: lower --connections, or "
+    "widen sysctl net.ipv4.ip_local_port_range",
+}
 
 
 def lines(result: Result, outcomes: Sequence[Outcome] = ()) -> list[str]:
@@ -51,8 +63,7 @@ def lines(result: Result, outcomes: Sequence[Outcome] = ()) -> list[str]:
     if result.proof:
         rows.append(("verify", str(result.proof)))
         rows += [("", line) for line in result.proof.evidence]
-    if "timeout" in result.errors:
-        rows.append(("note", "no reply in time: has the server fewer workers than connections?"))
+    rows += [("note", note) for kind, note in _NOTES.items() if _has_met(result, kind)]
     if result.behind > max(BEHIND, BEHIND_SHARE * (result.measured + result.behind)):
         rows.append(("behind", f"{count(result.behind, 'request')} due and not sent at the end"))
     if result.cpu_share > SATURATED and result.elapsed_s > SATURATED_S:
@@ -60,6 +71,11 @@ def lines(result: Result, outcomes: Sequence[Outcome] = ()) -> list[str]:
         rows.append(("note", f"a load process took {share}: the client was the bottleneck"))
     table = [f"  {name:<9} {text}" for name, text in rows]
     return [f"{ending} after {format_s(result.elapsed_s)}.", "", *table]
+
+
+def _has_met(result: Result, kind: str) -> bool:
+    """Whether there was an error of a kind, on a connection or when one was to be made."""
+    return kind in result.errors or f"connect: {kind}" in result.errors
 
 
 def _latency_rows(result: Result) -> list[tuple[str, str]]:

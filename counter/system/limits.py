@@ -25,6 +25,15 @@ def raise_descriptor_limit() -> float:
     return float("inf") if hard == resource.RLIM_INFINITY else hard
 
 
+def spare_threads() -> None:
+    """Has NumPy, which is imported later, start no threads; unless the environment says otherwise.
+
+    They would multiply matrices, of which there are none here. Where threads are limited, OpenBLAS
+    says on standard error that it cannot start them.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def whole_share(cpus: float, multiplier: int) -> int:
     """ceil(CPUs × multiplier), exactly."""
     # 0.07 CPUs × 100 are 7, and a little more in floating point. The kernel's periods, which

@@ -51,6 +51,16 @@ class WakePipe:
             os.close(end)
 
 
+def undo_inherited() -> None:
+    """Puts right what a parent left ignored or blocked; what waited blocked comes with this call.
+
+    cron, shells and some supervisors ignore SIGCHLD, and a process that inherits that is never told
+    how its children ended.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
 @contextlib.contextmanager
 def handled(
     numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]

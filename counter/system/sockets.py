@@ -102,6 +102,16 @@ def notice_vanished(sock: Any, vanished_s: float = VANISHED_S) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, longest_ms)
 
 
+def meets_itself(sock: Any) -> bool:
+    """Whether a connected socket is its own peer.
+
+    Where nobody listens on a port of this machine's own range, the kernel may give that very port
+    to a socket that connects to it, and TCP lets two ends open at once, be they the same one.
+    """
+    own, peer = sock.getsockname(), sock.getpeername()
+    return bool(own == peer)
+
+
 def longest_backlog() -> int | None:
     """What the kernel cuts every backlog to, net.core.somaxconn; None where it does not tell."""
     try:

@@ -48,6 +48,19 @@ def test_each_threshold_is_a_row_of_the_table() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("connect: too many open files", "raise the descriptor limit (ulimit -n), or lower"),
+        ("too many open files", "raise the descriptor limit (ulimit -n), or lower"),
+        ("connect: cannot assign requested address", "every local port is taken: lower --conn"),
+    ],
+)
+def test_an_error_that_the_machine_is_the_cause_of_has_its_remedy(error: str, remedy: str) -> None:
+    (note,) = [row for row in lines(Result(errors={error: 3})) if row.startswith("  note")]
+    assert note.startswith(f"  note      {remedy}")
+
+
 def test_an_empty_run_has_a_table_too() -> None:
     assert lines(Result()) == [
         "All clients finished after 0 s.",
