@@ -18,7 +18,7 @@ from counter.load.patience import Patience
 from counter.load.share import Share
 from counter.results.result import Result
 from counter.system.libev import READ, WRITE
-from counter.system.sockets import VANISHED_S, meets_itself, notice_vanished
+from counter.system.sockets import VANISHED_S, close_with_reset, meets_itself, notice_vanished
 from counter.tls.contexts import client_context
 from counter.tls.session import Session, TlsError
 from protocol import REPLY_SIZE, encode_frame
@@ -128,6 +128,7 @@ def connect(sock: _socket.socket, address: Any, patience: Patience) -> None:
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if not code and meets_itself(sock):
         code = errno.ECONNREFUSED
+        close_with_reset(sock)
     if code:
         raise OSError(code, os.strerror(code))
 
