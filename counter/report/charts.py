@@ -46,7 +46,7 @@ class Size:
     labels: int
 
 
-SIZES: Final = (Size("wide", 880, 300, 10), Size("narrow", 360, 260, 5))
+SIZES: Final = (Size("wide", 880, 300, 10), Size("narrow", 360, 260, 4))
 
 # One meaning a colour, on the tiles and in every chart.
 P50, P99, MAX = "var(--p50)", "var(--p99)", "var(--max)"
@@ -199,7 +199,7 @@ def _draw(
         margin_right=24,  # half of the last label of the axis
         spacing=8,
         show_dots=False,
-        show_legend=len(series) > 1,
+        show_legend=sum(not line.is_limit for line in series) > 1,
         legend_at_bottom=True,
         legend_at_bottom_columns=len(series),
         legend_box_size=10,
@@ -221,7 +221,9 @@ def _draw(
         # pygal's own logarithmic axis takes the other axis with it.
         points = [(x, math.log10(y) if y and logarithmic else y) for x, y in line.points]
         style = {"width": 2, "dasharray": "6,5"} if line.is_limit else None
-        chart.add(line.name, points, stroke_style=style, fill=fill and not line.is_limit)
+        # A limit is named in the text: a narrow drawing has no room for more.
+        name = None if line.is_limit else line.name
+        chart.add(name, points, stroke_style=style, fill=fill and not line.is_limit)
     chart.add_xml_filter(_still)
     svg: str = chart.render(is_unicode=True)
     return svg.replace("<title>Pygal</title>", f"<title>{title}</title>")

@@ -158,6 +158,7 @@ def _charts(result: Result, course: Sequence[Moment], outcomes: Sequence[Outcome
         found = [
             "<h2>Requests a second over time</h2>",
             charts.rate_chart(course, rates),
+            *_dashed(rates),
         ]
         if any(moment.errors for moment in course):
             found += [f"<h2>Errors in each {every} over time</h2>", charts.error_chart(course)]
@@ -165,6 +166,7 @@ def _charts(result: Result, course: Sequence[Moment], outcomes: Sequence[Outcome
             "<h2>Latency over time</h2>",
             charts.latency_chart(course, latencies),
             f'<p class="faint note">Of the replies in each {every}; a logarithmic axis.</p>',
+            *_dashed(latencies),
         ]
     return [
         *found,
@@ -174,13 +176,19 @@ def _charts(result: Result, course: Sequence[Moment], outcomes: Sequence[Outcome
     ]
 
 
+def _dashed(limits: Sequence[tuple[str, float]]) -> list[str]:
+    """What the dashed lines of a chart are."""
+    names = ", ".join(name for name, _ in limits)
+    return [f'<p class="faint note">Dashed: {_text(names)}.</p>'] if limits else []
+
+
 def _limits(
     result: Result, outcomes: Sequence[Outcome]
 ) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
     """What the rate, and the latencies, are held against: names and values for the charts."""
     rates, latencies = [], []
     if result.asked_rate:
-        rates.append(("asked for", result.asked_rate))
+        rates.append((f"the {result.asked_rate:,.10g} asked for", result.asked_rate))
     for outcome in outcomes:
         threshold = outcome.threshold
         if threshold.measure == "rps":
