@@ -38,16 +38,18 @@ class Meter:
         """Begins the run; the seconds after which tick() is due, again and again."""
         self._measure_from_ns = self._last_reply_ns = measure_from_ns
         self._sampler = Sampler(self.result.latencies.counts, measure_from_ns, duration_s)
-        self.note_cpu()
+        self.count_from_here()
         return self._sampler.interval_s
 
-    def note_cpu(self) -> None:
-        """Counts the CPU time from here on: of the start, and of the measured part instead."""
+    def count_from_here(self) -> None:
+        """Counts CPU time, and errors of the timeline, from here on: the start's, and instead of
+        them the measured part's."""
         self._cpu_from_s = time.process_time()
+        self._sampler.forget_errors(self._errors())
 
     def tick(self) -> None:
         """Ends an interval of the timeline."""
-        self._sampler.tick(clock())
+        self._sampler.tick(clock(), self._errors())
 
     def stop(self, now: int) -> None:
         """Nothing is sent any more. A server that stalls until now has its time counted."""
@@ -57,12 +59,15 @@ class Meter:
         """Ends the account; `behind` requests were due and not sent."""
         elapsed_s = (self._last_reply_ns - self._measure_from_ns) / 1e9
         result = self.result
-        result.timeline = self._sampler.finish(self._last_reply_ns)
+        result.timeline = self._sampler.finish(self._last_reply_ns, self._errors())
         result.behind = behind
         result.measured = len(result.latencies)
         result.elapsed_s = elapsed_s
         if elapsed_s > 0:
             result.cpu_share = (time.process_time() - self._cpu_from_s) / elapsed_s
+
+    def _errors(self) -> int:
+        return sum(self.result.errors.values())
 
     def so_far(self) -> Result:
         """What was done until now."""

@@ -108,7 +108,7 @@ class LoadProcess:
         sampling = self.loop.timer(warmup_s + interval_s, interval_s)
         sampling.start(self.meter.tick)
         measuring = self.loop.timer(warmup_s)
-        measuring.start(self.meter.note_cpu)
+        measuring.start(self.meter.count_from_here)
         timers = [sweeping, sampling, measuring]
         if planned_duration_s is not None:
             ending = self.loop.timer(warmup_s + planned_duration_s)

@@ -8,6 +8,7 @@ light and dark are the page's affair. What pygal would fetch from the network is
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Series:
     name: str
     colour: str
     points: Sequence[Point]
+    is_limit: bool = False  # something to hold the others against: dashed, and not filled
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,17 @@ class Size:
     labels: int
 
 
-SIZES: Final = (Size("wide", 880, 300, 10), Size("narrow", 360, 260, 5))
+SIZES: Final = (Size("wide", 880, 300, 10), Size("narrow", 360, 260, 4))
 
+# One meaning a colour, on the tiles and in every chart.
 P50, P99, MAX = "var(--p50)", "var(--p99)", "var(--max)"
-RATE = "var(--rate)"
+RATE, ERRORS, LIMIT = "var(--rate)", "var(--bad)", "var(--limit)"
+SINCE_DUE, SINCE_SENT = "var(--due)", "var(--sent)"
+
+# Labels of the upright axes are filled up to so many characters, so that pygal leaves all of them
+# the same room: charts of one time axis can be read one below the other.
+LABEL_WIDTH: Final = 7
+FIGURE_SPACE: Final = "\u2007"  # as wide as a digit
 
 HEADROOM: Final = 1.05  # of the highest point below the upper edge
 
@@ -55,18 +64,41 @@ HEADROOM: Final = 1.05  # of the highest point below the upper edge
 NINES: Final = ("0%", "90%", "99%", "99.9%", "99.99%", "99.999%", "99.9999%", "99.99999%")
 
 
-def rate_chart(course: Sequence[Moment]) -> str:
-    """Requests a second over time."""
-    series = Series("requests a second", RATE, [(_middle(m), m.rate) for m in course])
-    return _drawings([series], _end(course), format_count, "requests a second", fill=True)
+def rate_chart(course: Sequence[Moment], limits: Sequence[tuple[str, float]] = ()) -> str:
+    """Requests a second over time, and what they were to be: the names and rates of `limits`."""
+    series = [Series("answered", RATE, [(_middle(m), m.rate) for m in course])]
+    series += _limits(limits, _end(course))
+    return _drawings(series, _end(course), format_count, "requests a second", fill=True)
 
 
-def latency_chart(course: Sequence[Moment]) -> str:
-    """Median, 99th percentile and maximum of each interval over time; the axis is logarithmic."""
+def error_chart(course: Sequence[Moment]) -> str:
+    """Errors of each interval over time."""
+    series = [Series("errors", ERRORS, [(_middle(m), m.errors) for m in course])]
+    return _drawings(series, _end(course), format_count, "errors", fill=True)
+
+
+def _limits(limits: Sequence[tuple[str, float]], end_s: float) -> list[Series]:
+    return [
+        Series(name, _colour(name), [(0.0, y), (end_s, y)], is_limit=True) for name, y in limits
+    ]
+
+
+def _colour(limit: str) -> str:
+    """That of what a limit is for, where it has one."""
+    measure = re.split("[<>]", limit)[0]
+    return {"p50": P50, "p99": P99, "max": MAX, "rps": RATE}.get(measure, LIMIT)
+
+
+def latency_chart(course: Sequence[Moment], limits: Sequence[tuple[str, float]] = ()) -> str:
+    """Median, 99th percentile and maximum of each interval over time; the axis is logarithmic.
+
+    `limits` are names and nanoseconds that some of them were to keep to.
+    """
     series = [
         Series("max", MAX, [(_middle(m), m.max_ns) for m in course]),
         Series("p99", P99, [(_middle(m), m.p99_ns) for m in course]),
         Series("p50", P50, [(_middle(m), m.p50_ns) for m in course]),
+        *_limits(limits, _end(course)),
     ]
     return _drawings(series, _end(course), format_ns, "latency", logarithmic=True)
 
@@ -76,7 +108,7 @@ def percentile_chart(curves: Sequence[tuple[str, Sequence[Step]]]) -> str:
 
     Of an open loop there are two curves.
     """
-    colours = (P99, P50)
+    colours = (SINCE_DUE, SINCE_SENT) if len(curves) > 1 else (SINCE_DUE,)
     series = [
         Series(name, colour, [(nines_of(step.share), step.value_ns) for step in steps[:-1]])
         for (name, steps), colour in zip(curves, colours, strict=False)
@@ -167,7 +199,7 @@ def _draw(
         margin_right=24,  # half of the last label of the axis
         spacing=8,
         show_dots=False,
-        show_legend=len(series) > 1,
+        show_legend=sum(not line.is_limit for line in series) > 1,
         legend_at_bottom=True,
         legend_at_bottom_columns=len(series),
         legend_box_size=10,
@@ -188,7 +220,10 @@ def _draw(
     for line in series:
         # pygal's own logarithmic axis takes the other axis with it.
         points = [(x, math.log10(y) if y and logarithmic else y) for x, y in line.points]
-        chart.add(line.name, points)
+        style = {"width": 2, "dasharray": "6,5"} if line.is_limit else None
+        # A limit is named in the text: a narrow drawing has no room for more.
+        name = None if line.is_limit else line.name
+        chart.add(name, points, stroke_style=style, fill=fill and not line.is_limit)
     chart.add_xml_filter(_still)
     svg: str = chart.render(is_unicode=True)
     return svg.replace("<title>Pygal</title>", f"<title>{title}</title>")
@@ -201,12 +236,16 @@ def _y_axis(
     top = max(values)
     if logarithmic:
         ticks = log_ticks(min(values), top, 8)
-        labels = [{"value": math.log10(tick), "label": y_format(tick)} for tick in ticks]
+        labels = [{"value": math.log10(tick), "label": _label(y_format(tick))} for tick in ticks]
         return math.log10(ticks[0]), math.log10(max(ticks[-1], top)), labels
     high = top * HEADROOM
     ticks = [tick for tick in even_ticks(top, 5) if tick <= high]
-    labels = [{"value": tick, "label": y_format(tick) if tick else "0"} for tick in ticks]
+    labels = [{"value": tick, "label": _label(y_format(tick) if tick else "0")} for tick in ticks]
     return 0.0, high, labels
+
+
+def _label(text: str) -> str:
+    return text.rjust(LABEL_WIDTH, FIGURE_SPACE)
 
 
 def _still(root: Any) -> Any:

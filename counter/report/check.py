@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from counter.proof.history import IMPOSSIBLE
+from counter.proof.history import EXPLAINED, IMPOSSIBLE, PROVED
 from counter.report.thresholds import Outcome
 from counter.results.result import CHECKABLE_SUM, PROCESS_DIED, Result
 from counter.system.exits import (
@@ -93,6 +93,47 @@ def exit_code(result: Result, outcomes: Sequence[Outcome] = ()) -> int:
     if not all(outcome.ok for outcome in outcomes):
         return EXIT_THRESHOLD
     return EXIT_INTERRUPTED if result.interrupted else 0
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """A run in a word for who reads no further: `PASS`, `FAIL`, or why it is neither; and why."""
+
+    word: str
+    reasons: tuple[str, ...]
+
+
+def conclude(result: Result, outcomes: Sequence[Outcome] = ()) -> Conclusion:
+    """What decides a run. PASS claims no more than was checked."""
+    check, proof, code = check_totals(result), result.proof, exit_code(result, outcomes)
+    breached = [f"{outcome.threshold} is breached" for outcome in outcomes if not outcome.ok]
+    if code not in (0, EXIT_INTERRUPTED):
+        reasons = [f"totals wrong: {check.reason}"] if check.word == "wrong" else []
+        if proof is not None and proof.word == IMPOSSIBLE:
+            reasons.append(str(proof))
+        if code == EXIT_ERRORS or result.errors:
+            reasons.append(errors_of(result))
+        return Conclusion("FAIL", (*reasons, *breached))
+    if result.interrupted:
+        return Conclusion("INTERRUPTED", ("it did not run to its end",))
+    if not result.measured:
+        return Conclusion("NOTHING MEASURED", ("no request was answered in the measured part",))
+    if check.word != "ok":
+        return Conclusion("NOT CHECKED", (check.reason,))
+    if proof is not None and proof.word not in (PROVED, EXPLAINED):
+        return Conclusion("NOT PROVED", (proof.reason,))
+    held = f"{len(outcomes)} thresholds kept" if len(outcomes) > 1 else "the threshold kept"
+    reasons = [str(proof)] if proof is not None else [f"totals ok: {check.reason}"]
+    reasons.append(errors_of(result) if result.errors else "no errors")
+    return Conclusion("PASS", (*reasons, *([held] if outcomes else ())))
+
+
+def errors_of(result: Result) -> str:
+    """What went wrong in a run, by kind."""
+    found = [f"{kind}: {number:,}" for kind, number in sorted(result.errors.items())]
+    if result.unknown:
+        found.append(f"outcome unknown: {result.unknown:,}")
+    return ", ".join(found)
 
 
 def first_of(*codes: int) -> int:

@@ -90,6 +90,7 @@ def _course(result: Result) -> dict[str, Any]:
                 "seconds": moment.seconds,
                 "requests": moment.requests,
                 "requests_per_s": moment.rate,
+                "errors": moment.errors,
                 "latency_ns": None
                 if moment.max_ns is None
                 else {"p50": moment.p50_ns, "p99": moment.p99_ns, "max": moment.max_ns},

@@ -22,7 +22,7 @@ from counter.options.shown import shown
 from counter.options.values import masked
 from counter.proof.history import EXPLAINED, IMPOSSIBLE, PROVED
 from counter.report import charts
-from counter.report.check import check_totals
+from counter.report.check import Conclusion, check_totals, conclude, errors_of
 from counter.report.percentiles import PERCENTILES, Moment, moments, percentile_steps
 from counter.report.table import lines
 from counter.report.thresholds import Outcome
@@ -56,12 +56,15 @@ def as_html(
     course = moments(result)
     date = conditions.ended_at.strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     address = masked(str(settings.server_address))
+    conclusion = conclude(result, outcomes)
+    title = f"{conclusion.word}: {result.rate:,.0f} requests a second, {address}, {date}"
     body = [
         "<h1>Load on a counter server</h1>",
         f'<p class="faint">{_text(address)}, {_text(date)}</p>',
-        _figures(result),
+        _headline(conclusion),
+        _figures(result, outcomes),
         *_findings(result, outcomes),
-        *_charts(result, course),
+        *_charts(result, course, outcomes),
         "<h2>The run in figures</h2>",
         f"<pre>{_text(chr(10).join(lines(result, outcomes)))}</pre>",
         _interval_table(course),
@@ -78,7 +81,7 @@ def as_html(
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(f"{result.rate:,.0f} requests a second, {address}, {date}")}</title>
+<title>{_text(title)}</title>
 <style>
 {_STYLE.read_text(encoding="utf-8")}</style>
 </head>
@@ -89,12 +92,32 @@ def as_html(
 """
 
 
-def _figures(result: Result) -> str:
+def _headline(conclusion: Conclusion) -> str:
+    kind = {"PASS": "ok", "FAIL": "bad"}.get(conclusion.word, "unsure")
+    reasons = "".join(f"<li>{_text(reason)}</li>" for reason in conclusion.reasons)
+    return f'<div class="headline {kind}"><b>{conclusion.word}</b><ul>{reasons}</ul></div>'
+
+
+def _figures(result: Result, outcomes: Sequence[Outcome]) -> str:
+    """The tiles; one whose threshold is breached is marked."""
     latency = result.latencies
-    figures = [(f"{result.rate:,.0f}", "requests/s")]
     times = [(latency.percentile_ns(p), f"p{p:g}") for p in PERCENTILES] + [(latency.max_ns, "max")]
-    figures += [(format_ns(time_ns) if len(latency) else "none", name) for time_ns, name in times]
-    cells = (f'<div class="figure"><b>{a}</b><span>{b}</span></div>' for a, b in figures)
+    figures = [
+        (f"{result.rate:,.0f}", "requests/s", "rps"),
+        *((format_ns(ns) if len(latency) else "none", name, name) for ns, name in times),
+        (f"{sum(result.errors.values()):,}", "errors", "errors"),
+    ]
+    limits: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        limits.setdefault(outcome.threshold.measure, []).append(outcome)
+    cells = []
+    for figure, name, measure in figures:
+        held = limits.get(measure, [])
+        breached = " breached" if not all(outcome.ok for outcome in held) else ""
+        wanted = "".join(f"<i>{_text(str(outcome.threshold))}</i>" for outcome in held)
+        cells.append(
+            f'<div class="figure{breached}"><b>{figure}</b><span>{name}</span>{wanted}</div>'
+        )
     return f'<div class="figures">{"".join(cells)}</div>'
 
 
@@ -106,13 +129,10 @@ def _findings(result: Result, outcomes: Sequence[Outcome]) -> list[str]:
         known = {PROVED: "ok", EXPLAINED: "ok", IMPOSSIBLE: "bad"}
         kind = known.get(result.proof.word, "unsure")
         found.append(_finding(kind, "Proof", str(result.proof)))
-    errors = [f"{kind}: {number:,}" for kind, number in sorted(result.errors.items())]
-    if result.unknown:
-        errors.append(f"outcome unknown: {result.unknown:,}")
-    if errors:
+    if errors := errors_of(result):
         limits = [outcome.ok for outcome in outcomes if outcome.threshold.measure == "errors"]
         kind = "unsure" if limits and all(limits) else "bad"
-        found.append(_finding(kind, "Errors", ", ".join(errors)))
+        found.append(_finding(kind, "Errors", errors))
     for outcome in outcomes:
         found.append(_finding("ok" if outcome.ok else "bad", "Threshold", str(outcome)))
     if result.interrupted:
@@ -124,7 +144,7 @@ def _finding(kind: str, name: str, words: str) -> str:
     return f'<p class="verdict {kind}"><b>{_text(name)}</b>&ensp;{_text(words)}</p>'
 
 
-def _charts(result: Result, course: Sequence[Moment]) -> list[str]:
+def _charts(result: Result, course: Sequence[Moment], outcomes: Sequence[Outcome]) -> list[str]:
     if not len(result.latencies):
         return ["<h2>Charts</h2><p>Nothing was measured, so there is nothing to draw.</p>"]
     curves = [("latency", list(percentile_steps(result.latencies)))]
@@ -134,12 +154,19 @@ def _charts(result: Result, course: Sequence[Moment]) -> list[str]:
     every = format_s(result.timeline.interval_s)
     found = []
     if len(course) > 1:
+        rates, latencies = _limits(result, outcomes)
         found = [
             "<h2>Requests a second over time</h2>",
-            charts.rate_chart(course),
+            charts.rate_chart(course, rates),
+            *_dashed(rates),
+        ]
+        if any(moment.errors for moment in course):
+            found += [f"<h2>Errors in each {every} over time</h2>", charts.error_chart(course)]
+        found += [
             "<h2>Latency over time</h2>",
-            charts.latency_chart(course),
+            charts.latency_chart(course, latencies),
             f'<p class="faint note">Of the replies in each {every}; a logarithmic axis.</p>',
+            *_dashed(latencies),
         ]
     return [
         *found,
@@ -147,6 +174,28 @@ def _charts(result: Result, course: Sequence[Moment]) -> list[str]:
         charts.percentile_chart(curves),
         '<p class="faint note">Each further nine takes the same room.</p>',
     ]
+
+
+def _dashed(limits: Sequence[tuple[str, float]]) -> list[str]:
+    """What the dashed lines of a chart are."""
+    names = ", ".join(name for name, _ in limits)
+    return [f'<p class="faint note">Dashed: {_text(names)}.</p>'] if limits else []
+
+
+def _limits(
+    result: Result, outcomes: Sequence[Outcome]
+) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """What the rate, and the latencies, are held against: names and values for the charts."""
+    rates, latencies = [], []
+    if result.asked_rate:
+        rates.append((f"the {result.asked_rate:,.10g} asked for", result.asked_rate))
+    for outcome in outcomes:
+        threshold = outcome.threshold
+        if threshold.measure == "rps":
+            rates.append((str(threshold), float(threshold.limit)))
+        elif threshold.measure not in ("errors", "mean") and threshold.limit > 0:
+            latencies.append((str(threshold), float(threshold.limit)))
+    return rates, latencies
 
 
 def _interval_table(course: Sequence[Moment]) -> str:
@@ -158,9 +207,11 @@ def _interval_table(course: Sequence[Moment]) -> str:
             f"{moment.requests:,}",
             f"{moment.rate:,.0f}",
             *("" if time_ns is None else format_ns(time_ns) for time_ns in times),
+            f"{moment.errors:,}",
         ]
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    head = "".join(f"<th>{n}</th>" for n in ("from", "requests", "a second", "p50", "p99", "max"))
+    names = ("from", "requests", "a second", "p50", "p99", "max", "errors")
+    head = "".join(f"<th>{name}</th>" for name in names)
     return (
         f"<details><summary>{count(len(course), 'interval')}</summary>"
         f'<div class="scroll"><table class="rows"><tr>{head}</tr>{"".join(rows)}</table></div>'

@@ -42,6 +42,7 @@ class Moment:
     p50_ns: int | None
     p99_ns: int | None
     max_ns: int | None
+    errors: int = 0
 
 
 def percentile_steps(histogram: Histogram) -> Iterator[Step]:
@@ -99,6 +100,7 @@ def moments(result: Result) -> list[Moment]:
                 latencies.percentile_ns(50) if answered else None,
                 latencies.percentile_ns(99) if answered else None,
                 latencies.max_ns if answered else None,
+                interval.errors,
             )
         )
     return found

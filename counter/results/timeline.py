@@ -25,10 +25,12 @@ _BLOCK: Final = 128  # buckets compared at once; most blocks have not changed
 
 @dataclass(frozen=True)
 class Interval:
-    """What was answered within some seconds: the bucket of a Histogram -> requests."""
+    """What was answered within some seconds: the bucket of a Histogram -> requests; and how many
+    connections were lost meanwhile, or could not be made."""
 
     seconds: float
     counts: dict[int, int]
+    errors: int = 0
 
     @property
     def requests(self) -> int:
@@ -45,7 +47,7 @@ def _joined(one: Interval, other: Interval, seconds: float) -> Interval:
     counts = dict(one.counts)
     for bucket, requests in other.counts.items():
         counts[bucket] = counts.get(bucket, 0) + requests
-    return Interval(seconds, counts)
+    return Interval(seconds, counts, one.errors + other.errors)
 
 
 @dataclass
@@ -103,6 +105,7 @@ class Sampler:
         self._counts = counts
         self._seen = list(counts)
         self._seen_ns = start_ns
+        self._seen_errors = 0
         self._timeline = Timeline(start_ns, interval_for(duration_s))
 
     @property
@@ -110,8 +113,12 @@ class Sampler:
         """How often tick() is due."""
         return self._timeline.interval_s
 
-    def tick(self, now_ns: int) -> None:
-        """Ends an interval, if one is due."""
+    def forget_errors(self, errors: int) -> None:
+        """Counts no errors of those up to now, of which there were so many."""
+        self._seen_errors = errors
+
+    def tick(self, now_ns: int, errors: int = 0) -> None:
+        """Ends an interval, if one is due; `errors` is how many there were in all."""
         line = self._timeline
         # A timer may be a little early; after a coarsening every second tick is none.
         due = int((now_ns - line.start_ns) / 1e9 / line.interval_s + 0.25)
@@ -121,22 +128,27 @@ class Sampler:
         missed = due - 1 - len(line.intervals)
         line.intervals += [Interval(line.interval_s, {})] * min(missed, 2 * MOST_INTERVALS)
         seconds = (now_ns - self._seen_ns) / 1e9 - missed * line.interval_s
-        line.intervals.append(Interval(seconds, self._news()))
+        line.intervals.append(self._interval(seconds, errors))
         self._seen_ns = now_ns
         while len(line.intervals) >= MOST_INTERVALS:
             line.coarsen()
 
-    def finish(self, now_ns: int) -> Timeline:
+    def finish(self, now_ns: int, errors: int = 0) -> Timeline:
         """The timeline, with what came after the last tick until `now_ns`."""
         line = self._timeline
-        rest = Interval(max(0.0, (now_ns - self._seen_ns) / 1e9), self._news())
+        rest = self._interval(max(0.0, (now_ns - self._seen_ns) / 1e9), errors)
         if line.intervals and rest.seconds < line.interval_s / 2:
             # The rate of a few milliseconds says nothing.
             last = line.intervals.pop()
             line.intervals.append(_joined(last, rest, last.seconds + rest.seconds))
-        elif rest.seconds or rest.counts:
+        elif rest.seconds or rest.counts or rest.errors:
             line.intervals.append(rest)
         return line
+
+    def _interval(self, seconds: float, errors: int) -> Interval:
+        """What was answered and went wrong since the last look."""
+        new, self._seen_errors = errors - self._seen_errors, errors
+        return Interval(seconds, self._news(), new)
 
     def _news(self) -> dict[int, int]:
         """What was counted since the last look."""

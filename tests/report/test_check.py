@@ -6,10 +6,10 @@ import pytest
 
 from counter.options.values import parse_thresholds
 from counter.proof.history import Verdict
-from counter.report.check import check_totals, exit_code, first_of
+from counter.report.check import check_totals, conclude, exit_code, first_of
 from counter.report.thresholds import hold
 from counter.results.result import CHECKABLE_SUM, PROCESS_DIED, Result
-from kit.runs import run_of
+from kit.runs import minute_of_load, run_of
 
 TOP = 2**64
 HALF = CHECKABLE_SUM
@@ -182,3 +182,43 @@ def test_only_an_impossible_run_changes_the_exit_code(word: str, code: int) -> N
     assert exit_code(result) == code
     result.count_error("reset")
     assert exit_code(result) == (code or 5)
+
+
+def make_result() -> Result:
+    """A minute of load without a fault."""
+    result = minute_of_load()
+    result.errors, result.unknown, result.unknown_sum = {}, 0, 0
+    return result
+
+
+def concluded(result: Result, thresholds: str = "") -> tuple[str, str]:
+    conclusion = conclude(result, hold(result, parse_thresholds(thresholds)))
+    return conclusion.word, "; ".join(conclusion.reasons)
+
+
+def test_a_conclusion_claims_no_more_than_was_checked() -> None:
+    good = make_result()
+    assert concluded(good)[0] == "PASS"
+    assert "no errors" in concluded(good)[1]
+    assert concluded(good, "rps>1,max<1m") == ("PASS", f"{concluded(good)[1]}; 2 thresholds kept")
+    assert concluded(Result())[0] == "NOTHING MEASURED"
+    unread = make_result()
+    unread.total_after = None
+    assert concluded(unread)[0] == "NOT CHECKED"
+    undecided = make_result()
+    undecided.proof = Verdict("undecided", "too many")
+    assert concluded(undecided) == ("NOT PROVED", "too many")
+    stopped = make_result()
+    stopped.interrupted = True
+    assert concluded(stopped)[0] == "INTERRUPTED"
+
+
+def test_a_failure_names_everything_that_failed() -> None:
+    result = make_result()
+    result.count_error("timeout")
+    word, why = concluded(result, "rps>999999999,max<1ns")
+    assert word == "FAIL"
+    assert why == "timeout: 1; rps>999999999 is breached; max<1ns is breached"
+    assert concluded(result, "errors<2")[0] == "PASS"
+    result.proof = Verdict("impossible", "a total was told twice")
+    assert "impossible: a total was told twice" in concluded(result)[1]

@@ -133,6 +133,7 @@ def test_the_json_report_has_the_course_of_the_run() -> None:
                 "seconds": 0.5,
                 "requests": 0,
                 "requests_per_s": 0.0,
+                "errors": 0,
                 "latency_ns": None,
             },
             {
@@ -140,6 +141,7 @@ def test_the_json_report_has_the_course_of_the_run() -> None:
                 "seconds": 0.25,
                 "requests": 1,
                 "requests_per_s": 4.0,
+                "errors": 0,
                 "latency_ns": {"p50": 20_000_000, "p99": 20_000_000, "max": 20_000_000},
             },
         ],

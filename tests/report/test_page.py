@@ -259,3 +259,53 @@ def test_counts_are_short(number: float, text: str) -> None:
 def test_drawing_leaves_no_hook_in_the_importer() -> None:
     """pygal's has no find_spec, for which Python 3.11 warns at every later import."""
     assert all(hasattr(hook, "find_spec") for hook in sys.meta_path)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "errors", "headline"),
+    [
+        ("", 0, '<div class="headline ok"><b>PASS</b>'),
+        ("max<1ms", 0, '<div class="headline bad"><b>FAIL</b>'),
+        ("", 1, '<div class="headline bad"><b>FAIL</b>'),
+    ],
+)
+def test_what_decides_comes_first(thresholds: str, errors: int, headline: str) -> None:
+    result = make_result()
+    if errors:
+        result.count_error("timeout")
+    page = page_of(result, ClientSettings(threshold=parse_thresholds(thresholds)))
+    assert page.index(headline) < page.index('<div class="figures">')
+    word = "PASS" if "PASS" in headline else "FAIL"
+    assert f"<title>{word}: " in page
+
+
+def test_a_breached_figure_is_marked_and_its_limit_is_drawn() -> None:
+    settings = ClientSettings(threshold=parse_thresholds("max<1ms,p99<1m,rps>5"))
+    page = page_of(make_result(), settings)
+    assert page.count('<div class="figure breached">') == 1
+    assert re.search(r'figure breached"><b>[^<]*</b><span>max</span><i>max&lt;1ms</i>', page)
+    assert "Dashed: max&lt;1ms, p99&lt;1m.</p>" in page
+    assert "Dashed: rps&gt;5.</p>" in page
+    assert page.count("6,5") >= 6, "lines in both drawings of both charts"
+
+
+def test_errors_have_a_chart_where_there_are_any() -> None:
+    result = make_result(5)
+    assert "<title>errors</title>" not in page_of(result)
+    result.timeline.intervals[2] = Interval(1.0, {}, 7)
+    result.errors["timeout"] = 7
+    page = page_of(result)
+    assert page.count("<title>errors</title>") == 2
+    assert "<td>7</td>" in page
+
+
+def test_the_asked_rate_is_drawn_beside_what_was_answered() -> None:
+    result = make_result()
+    result.asked_rate = 1500.0
+    assert "Dashed: the 1,500 asked for.</p>" in page_of(result)
+
+
+def test_charts_of_one_time_axis_leave_their_labels_the_same_room() -> None:
+    page = page_of(make_result())
+    labels = re.findall(r'text-anchor[^>]*>|<text[^>]*class="[^"]*"[^>]*>([^<]*)</text>', page)
+    assert any(label.startswith("\u2007") for label in labels)

@@ -186,3 +186,21 @@ def test_no_request_is_lost_or_doubled_by_merging(
     for requests, start_s, doublings in parts:
         whole.merge(line_of(*requests, start_s=start_s, interval_s=float(2**doublings)))
     assert sum(requests_of(whole)) == sum(sum(requests) for requests, _, _ in parts)
+
+
+def test_errors_belong_to_the_interval_in_which_they_were_counted() -> None:
+    counts = [0] * 300
+    sampler = Sampler(counts, 0, 6.0)
+    sampler.forget_errors(4)
+    sampler.tick(10**8, 4)
+    sampler.tick(2 * 10**8, 7)
+    line = sampler.finish(3 * 10**8, 8)
+    assert [interval.errors for interval in line.intervals] == [0, 3, 1]
+    line.coarsen()
+    assert [interval.errors for interval in line.intervals] == [3, 1]
+
+
+def test_errors_of_several_processes_are_added() -> None:
+    one = Timeline(0, 1.0, [Interval(1.0, {}, 1), Interval(1.0, {}, 2)])
+    one.merge(Timeline(0, 1.0, [Interval(1.0, {}, 10), Interval(1.0, {}, 20)]))
+    assert [interval.errors for interval in one.intervals] == [11, 22]
