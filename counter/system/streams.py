@@ -1,12 +1,14 @@
-"""A command's standard streams, and how it tells its result: on standard output, at once, and once.
+"""A command's standard streams: its result on standard output, what it says beside it on the other.
 
-What cannot be told is an OSError for whoever tells it; it knows what the result is worth.
+A result that cannot be told is an OSError for whoever tells it; it knows what the result is worth.
+What is said beside it is worth less than that: it is told or not, and nothing else depends on it.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from io import TextIOWrapper
 
 
@@ -36,6 +38,15 @@ def write_result(text: str) -> None:
     except OSError:
         _give_up_standard_output()
         raise
+
+
+def write_error(text: str) -> None:
+    """Writes to standard error at once; where it cannot be written, on a full disk or into a pipe
+    that nobody reads any more, nothing else fails for it. What is written later is tried again.
+    """
+    with suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _give_up_standard_output() -> None:
