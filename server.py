@@ -38,7 +38,7 @@ try:
     from counter.system.limits import available_cpus, raise_descriptor_limit, split_evenly
     from counter.system.log import configure_log
     from counter.system.sockets import VANISHED_S, listen, longest_backlog
-    from counter.system.streams import prepare_streams, write_result
+    from counter.system.streams import prepare_streams, write_error, write_result
     from counter.system.systemd import notify, notify_reloading
     from counter.tls.certificates import Certificates, check_aside, check_here
     from counter.tls.snapshot import CertificateError, Snapshot
@@ -398,7 +398,7 @@ def say(settings: ServerSettings, line: str, **fields: str | int) -> None:
 
 def fail(message: str, code: int) -> int:
     """Says in one line why the program ends; gives back its exit code."""
-    sys.stderr.write(f"server.py: {message}\n")
+    write_error(f"server.py: {message}\n")
     return code
 
 

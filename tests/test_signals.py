@@ -116,6 +116,17 @@ def test_a_frame_that_came_while_the_server_stood_still_is_not_late(processes: s
         server.stop()
 
 
+@PROCESSES
+def test_who_asks_a_server_for_its_state_ends_nothing_where_nobody_reads_it(processes: str) -> None:
+    with ServerCommand("--processes", processes) as server, server.connect() as peer:
+        assert server.process.stderr is not None
+        server.process.stderr.close()
+        server.signal(signal.SIGUSR1)
+        server.signal(signal.SIGHUP)
+        assert peer.add(5) == 5
+        assert server.stop() == (5, 1)
+
+
 def table() -> dict[str, set[signal.Signals]]:
     """docs/operations.md's table: what signals do, and which."""
     document = (ROOT / "docs/operations.md").read_text()
