@@ -83,7 +83,7 @@ class StoreKeeper(Keeper):
             if self._forks:
                 return ask_child(self._read, LAST_READING_S, raises=(StoreAway,))
             return self._read()
-        except (ChildError, StoreAway, Stopped) as error:
+        except (ChildError, OSError, StoreAway, Stopped) as error:
             told = slots.last_total()
             _log.warning(
                 "store %s cannot be read at the end (%s): what follows is the last total it told",
