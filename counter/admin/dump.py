@@ -6,16 +6,15 @@ Nothing is stopped by it. The stacks of a process are written by itself (serving
 from __future__ import annotations
 
 import json
-import sys
 
 from counter.admin.status import Status
 from counter.options.server import ServerSettings
 from counter.options.shown import shown
+from counter.system.streams import write_error
 
 
 def dump(settings: ServerSettings, status: Status) -> None:
     """Writes the settings and what the processes count to standard error, after SIGUSR1."""
     lines = [f"{option.flag} = {option.text}" for option in shown(settings)]
     lines.append(json.dumps(status.as_json()))
-    sys.stderr.write("\n".join(["SIGUSR1: settings and counts", *lines]) + "\n")
-    sys.stderr.flush()
+    write_error("\n".join(["SIGUSR1: settings and counts", *lines]) + "\n")

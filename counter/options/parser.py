@@ -28,7 +28,7 @@ from counter.options.declare import RUNNING, Settings
 from counter.options.shown import config_lines, one_line
 from counter.options.values import masked, parse_path
 from counter.system.exits import EXIT_USAGE
-from counter.system.streams import write_result
+from counter.system.streams import write_error, write_result
 from counter.system.version import VERSION
 
 _ARGUMENTS: Final = "command line"
@@ -156,7 +156,7 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
             if message.startswith(tuple(beginnings)) and origin != _ARGUMENTS:
                 message += f" (from {origin})"
         message = one_line(masked(message))
-        sys.stderr.write(f"{self.prog}: {message}; {self.prog} --help lists all options\n")
+        write_error(f"{self.prog}: {message}; {self.prog} --help lists all options\n")
         sys.exit(EXIT_USAGE)
 
     def refuse_unknown(self, unknown: list[str]) -> NoReturn:

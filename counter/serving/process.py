@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import socket
-import sys
 from collections.abc import Callable
+from io import StringIO
 from typing import Any
 
 import gevent
@@ -21,6 +21,7 @@ from counter.processes.orders import Order, Orders
 from counter.processes.slots import Slots
 from counter.serving.server import CounterServer
 from counter.system.libev import READ, choose_libev
+from counter.system.streams import write_error
 from counter.tls.certificates import Certificates
 from counter.totals.keeper import Keeper
 
@@ -128,9 +129,10 @@ def dump_stacks() -> None:
     """Writes the stack of every greenlet and thread of this process to standard error."""
     from gevent.util import print_run_info
 
+    text = StringIO()
     gc.unfreeze()  # what is frozen is not found
     try:
-        print_run_info(file=sys.stderr)
-        sys.stderr.flush()
+        print_run_info(file=text)
     finally:
         gc.freeze()
+    write_error(text.getvalue())

@@ -63,15 +63,18 @@ def undo_inherited() -> None:
 
 @contextlib.contextmanager
 def handled(
-    numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]
+    numbers: Iterable[int],
+    handler: Callable[[int, FrameType | None], Any],
+    behind: signal.Handlers | None = None,
 ) -> Iterator[None]:
-    """Inside, these signals call the handler; behind, what handled them before does so again."""
+    """Inside, these signals call the handler; behind, what handled them before does so again, or
+    what `behind` says is done."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
         for number, earlier in before.items():
-            signal.signal(number, earlier)
+            signal.signal(number, earlier if behind is None else behind)
 
 
 @contextlib.contextmanager

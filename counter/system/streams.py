@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from io import TextIOWrapper
 
 
@@ -36,6 +37,14 @@ def write_result(text: str) -> None:
     except OSError:
         _give_up_standard_output()
         raise
+
+
+def write_error(text: str) -> None:
+    """Writes to standard error what somebody asked for. Where nobody reads it (a pipe that is
+    closed, a full disk) nothing is said, as nothing is of a line of the log."""
+    with suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _give_up_standard_output() -> None:

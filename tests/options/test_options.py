@@ -756,6 +756,12 @@ def test_the_password_of_a_url_is_masked_and_nothing_else(text: str, shown: str)
     assert masked(text) == shown
 
 
+@pytest.mark.timeout(20)  # in which a text of a tenth of this length was not looked through
+def test_a_long_text_is_looked_through_in_no_time() -> None:
+    text = "a" * 1_000_000
+    assert masked(text) == text
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment"),
     [

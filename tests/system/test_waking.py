@@ -47,6 +47,16 @@ def test_handlers_and_the_wake_up_descriptor_are_given_back() -> None:
     assert not os.path.exists(f"/proc/self/fd/{descriptor}")
 
 
+def test_what_is_done_behind_may_be_another_thing_than_before() -> None:
+    before = signal.getsignal(NUMBER)
+    try:
+        with handled([NUMBER], ignore, behind=signal.SIG_IGN):
+            assert signal.getsignal(NUMBER) is ignore
+        assert signal.getsignal(NUMBER) is signal.SIG_IGN
+    finally:
+        signal.signal(NUMBER, before)
+
+
 def test_a_blocked_signal_waits_and_is_handled_behind() -> None:
     seen = []
     with handled([NUMBER], lambda number, _frame: seen.append(number)):
