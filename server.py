@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 if __name__ == "__main__" and sys.flags.safe_path:
@@ -39,7 +40,7 @@ try:
     )
     from counter.processes.slots import REQUESTS, Slots
     from counter.serving.process import ServingProcess
-    from counter.system.exits import EXIT_CANNOT_BOOT, EXIT_CANNOT_START
+    from counter.system.exits import EXIT_CANNOT_BOOT, EXIT_CANNOT_START, EXIT_USAGE
     from counter.system.limits import available_cpus, raise_descriptor_limit, split_evenly
     from counter.system.log import configure_log
     from counter.system.sockets import VANISHED_S, listen, longest_backlog
@@ -283,6 +284,16 @@ class Unsupervised(ServingProcess):
         super().on_dump()
 
 
+def missing_package(settings: ServerSettings) -> str:
+    """A package that is not installed, of those that only the processes import; none if empty."""
+    needed = ["numpy"]
+    if settings.admin_port is not None:
+        needed.append("prometheus_client")
+    if settings.store.kind in ("redis", "rediss"):
+        needed.append("redis")
+    return next((name for name in needed if not find_spec(name)), "")
+
+
 def serve(settings: ServerSettings) -> int:
     """Serves as the settings say until SIGTERM or SIGINT; gives back the exit code."""
     cpus = available_cpus()
@@ -403,6 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_streams()
     settings = read_settings(ServerSettings, arguments)
     configure_log(settings.log_level, settings.log_format)
+    if missing := missing_package(settings):
+        return fail(f"{missing} is not installed; pip install -r requirements.txt", EXIT_USAGE)
     try:
         with stopped_by_signals():
             return serve(settings)

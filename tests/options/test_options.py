@@ -1007,6 +1007,31 @@ def test_a_command_without_its_packages_says_what_to_install(program: str) -> No
     assert re.fullmatch(line, ran.stderr.decode())
 
 
+@pytest.mark.parametrize("processes", ["0", "2"])
+@pytest.mark.parametrize(
+    ("package", "flags"),
+    [
+        ("numpy", []),
+        ("prometheus_client", ["--adminPort", "0"]),
+        ("redis", ["--store", "redis://127.0.0.1:1/0"]),
+        ("redis", ["--store", "rediss://127.0.0.1:1/0"]),
+    ],
+)
+def test_a_package_that_only_the_processes_import_is_missed_before_they_are_forked(
+    package: str, flags: list[str], processes: str
+) -> None:
+    flags = ["--port", "0", "--processes", processes, *flags]
+    script = f"import sys; sys.modules[{package!r}] = None; import server; "
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{script} sys.exit(server.main({flags}))"],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=20,
+    )
+    line = f"server.py: {package} is not installed; pip install -r requirements.txt\n"
+    assert (ran.returncode, ran.stdout, ran.stderr.decode()) == (2, b"", line)
+
+
 @pytest.mark.parametrize("program", ["server.py", "client.py"])
 @pytest.mark.parametrize("how", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--printConfig", 0), ("--nope", 2)])
