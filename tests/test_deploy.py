@@ -233,6 +233,16 @@ def test_sigusr1_writes_settings_counts_and_stacks_and_stops_nothing(processes: 
         assert server.stop()[0] == 6
 
 
+@PROCESSES
+def test_sigusr1_stops_nothing_where_standard_error_is_full(processes: str) -> None:
+    full = ("sh", "-c", 'exec "$0" "$@" 2>/dev/full')
+    with ServerCommand("--processes", processes, inside=full) as server, server.connect() as peer:
+        assert peer.add(5) == 5
+        server.signal(signal.SIGUSR1)
+        assert peer.add(1) == 6
+        assert server.stop() == (6, 2)
+
+
 def test_sigusr1_shows_no_password(tmp_path: Path) -> None:
     from kit.redis_server import RedisServer
 

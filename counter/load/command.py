@@ -19,7 +19,7 @@ from counter.system.exits import (
     EXIT_USAGE,
 )
 from counter.system.signals import undo_inherited
-from counter.system.streams import prepare_streams, write_result
+from counter.system.streams import prepare_streams, write_error, write_result
 from counter.tls.snapshot import CertificateError
 from protocol import format_address
 
@@ -124,5 +124,5 @@ def _load(settings: ClientSettings, library: Library) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"client.py: {message}\n")
+    write_error(f"client.py: {message}\n")
     return code

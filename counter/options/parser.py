@@ -109,7 +109,7 @@ def _show(program: str, text: str) -> None:
         write_result(text)
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            sys.stderr.write(f"{program}: cannot write to standard output: {error.strerror}\n")
+            write_error(f"{program}: cannot write to standard output: {error.strerror}\n")
         sys.exit(1)
 
 

@@ -20,7 +20,7 @@ from counter.report.table import lines
 from counter.report.thresholds import Outcome
 from counter.results.result import Result
 from counter.system.exits import EXIT_ERRORS
-from counter.system.streams import write_result
+from counter.system.streams import write_error, write_result
 
 STANDARD_OUTPUT: Final = "-"
 
@@ -83,7 +83,7 @@ def write(
             _write(path, text)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            sys.stderr.write(f"client.py: {_failure(option, path, reason, text)}\n")
+            write_error(f"client.py: {_failure(option, path, reason, text)}\n")
             code = first_of(code, EXIT_ERRORS)
     return code
 

@@ -1,6 +1,7 @@
-"""A command's standard streams, and how it tells its result: on standard output, at once, and once.
+"""A command's standard streams: its result on standard output, what it says beside it on the other.
 
-What cannot be told is an OSError for whoever tells it; it knows what the result is worth.
+A result that cannot be told is an OSError for whoever tells it; it knows what the result is worth.
+What is said beside it is worth less than that: it is told or not, and nothing else depends on it.
 """
 
 from __future__ import annotations

@@ -194,3 +194,12 @@ def test_charts_are_not_imported_without_a_page() -> None:
         "sys.exit('pygal' in sys.modules or 'rich' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_full_standard_error_costs_the_table_and_not_the_report() -> None:
+    full = ("sh", "-c", 'exec "$0" "$@" 2>/dev/full')
+    with ServerCommand() as server:
+        run = ("client.py", "--serverAddress", server.address, *SHORT, "--json", "-")
+        with Command(*run, inside=full) as command:
+            assert command.finish(60) == 5
+            assert json.loads(command.output())["errors"] == {}

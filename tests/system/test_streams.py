@@ -121,3 +121,29 @@ def test_what_an_encoding_lacks_is_written_as_python_writes_it(encoding: str) ->
     euro = "\u20ac".encode("utf-8" if encoding == "utf-8" else "ascii", "backslashreplace")
     wanted = (0, b"1 %b \\udce9\n" % euro, b"%b\n" % euro)
     assert (done.returncode, done.stdout, done.stderr) == wanted
+
+
+# Standard error
+
+SAY = """
+import os, sys
+from counter.system.streams import write_error
+write_error("a word\\n")
+os._exit(7) if "at once" in sys.argv else sys.exit(7)
+"""
+
+
+def test_what_is_said_beside_a_result_is_there_at_once() -> None:
+    command = [sys.executable, "-c", SAY, "at once"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"", b"a word\n")
+
+
+@pytest.mark.parametrize("place", ["a full disk", "a pipe without a reader"])
+def test_where_standard_error_cannot_be_written_the_exit_code_stays(place: str) -> None:
+    read_end, nobody = os.pipe()
+    os.close(read_end)
+    with open("/dev/full", "w") as full, os.fdopen(nobody, "w") as pipe:
+        stderr = full if place == "a full disk" else pipe
+        command = [sys.executable, "-c", SAY]
+        assert subprocess.run(command, cwd=ROOT, stderr=stderr, check=False).returncode == 7
