@@ -101,7 +101,7 @@ class Master:
         others = set(HANDLED) - set(STOP_SIGNALS)
         with (
             # Who stops it once more, when all have ended, is told how it ended like everybody.
-            handled(STOP_SIGNALS, self._on_signal, behind=signal.SIG_IGN),
+            handled(STOP_SIGNALS, self._on_signal, ignored_behind=True),
             handled(others, self._on_signal),
             self._wake,
         ):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
-from counter.system.signals import undo_inherited
+from counter.system.signals import ignore, undo_inherited
 
 # SIGPWR: the power fails. SIGXCPU: the time that the process may compute is up.
 STOP_SIGNALS: Final = (
@@ -72,8 +72,7 @@ def ignore_stop_signals() -> None:
     """For a program that is about to end. One that comes while the interpreter ends would find no
     handler of Python's any more, and would be what ended it.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore(STOP_SIGNALS)
 
 
 def ignore_signals() -> None:

@@ -660,6 +660,7 @@ def test_a_command_line_that_cannot_be_read_ends_in_one_line(
         (b"\nport = 1\n# one\n=\n", "counter.conf, line 4: write it as key = value"),
         (b"store = elsewhere\n", "'elsewhere' is not a store"),
         (b"port = [1, 2]\n", "counter.conf, line 1: write it as key = value, without a list"),
+        (b"port = 1\nstore = sqlite:a\0b\n", "counter.conf, line 2: it holds a zero byte"),
         (b"port\n", "'true' is not a whole number"),
         (b"host = \xff\xfe\n", "counter.conf: 'utf-8' codec can't decode byte 0xff"),
     ],
