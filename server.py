@@ -16,7 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 if __name__ == "__main__" and sys.flags.safe_path:
@@ -31,10 +31,16 @@ try:
     from counter.processes.child import CannotServe, Child
     from counter.processes.master import CannotBoot, Master
     from counter.processes.orders import Order, Orders
-    from counter.processes.signals import STOP_SIGNALS, Stopped, name_of, stop_on_signals
+    from counter.processes.signals import (
+        STOP_SIGNALS,
+        Stopped,
+        ignore_stop_signals,
+        name_of,
+        stopped_by_signals,
+    )
     from counter.processes.slots import REQUESTS, Slots
     from counter.serving.process import ServingProcess
-    from counter.system.exits import EXIT_CANNOT_BOOT, EXIT_CANNOT_START
+    from counter.system.exits import EXIT_CANNOT_BOOT, EXIT_CANNOT_START, EXIT_USAGE
     from counter.system.limits import available_cpus, raise_descriptor_limit, split_evenly
     from counter.system.log import configure_log
     from counter.system.sockets import VANISHED_S, listen, longest_backlog
@@ -228,19 +234,21 @@ class Unsupervised(ServingProcess):
     def serve(self) -> None:
         """Serves until a signal ends it, and drains."""
         self.run(self._announce)
-        stop_on_signals()  # gevent has reset them
 
     def _announce(self) -> None:
         self._shared.announce()
         notify("READY=1")
 
     def listen_to_orders(self) -> list[Any]:
-        """Signals are its orders."""
-        return [
-            *(_SignalWatch(number, partial(self._on_stop, number)) for number in STOP_SIGNALS),
-            _SignalWatch(signal.SIGHUP, lambda: self.obey(Order.RELOAD)),
-            _SignalWatch(signal.SIGUSR1, lambda: self.obey(Order.DUMP)),
-        ]
+        """Signals are its orders; to the end, as none may find what the system does by default."""
+        import gevent
+
+        for number in STOP_SIGNALS:
+            gevent.signal_handler(number, self._on_stop, number)
+        gevent.signal_handler(signal.SIGHUP, self.obey, Order.RELOAD)
+        gevent.signal_handler(signal.SIGUSR1, self.obey, Order.DUMP)
+        gevent.get_hub().NOT_ERROR += (Stopped,)  # it ends a wait, which needs no traceback
+        return []
 
     def _on_stop(self, number: int) -> None:
         limit = f"{self.settings.drain_timeout_s:g} s"
@@ -266,6 +274,7 @@ class Unsupervised(ServingProcess):
     def on_end(self) -> None:
         if self._admin:
             self._admin.stop()
+        ignore_stop_signals()
 
     def on_reload(self) -> bool:
         return self._shared.reload_certificates(check_here)
@@ -275,16 +284,14 @@ class Unsupervised(ServingProcess):
         super().on_dump()
 
 
-class _SignalWatch:
-    """Calls a function in a greenlet with each signal of a number, until it is closed."""
-
-    def __init__(self, number: int, on_signal: Callable[[], None]) -> None:
-        import gevent
-
-        self._handler = gevent.signal_handler(number, on_signal)
-
-    def close(self) -> None:
-        self._handler.cancel()
+def missing_package(settings: ServerSettings) -> str:
+    """A package that is not installed, of those that only the processes import; none if empty."""
+    needed = ["numpy"]
+    if settings.admin_port is not None:
+        needed.append("prometheus_client")
+    if settings.store.kind in ("redis", "rediss"):
+        needed.append("redis")
+    return next((name for name in needed if not find_spec(name)), "")
 
 
 def serve(settings: ServerSettings) -> int:
@@ -407,9 +414,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_streams()
     settings = read_settings(ServerSettings, arguments)
     configure_log(settings.log_level, settings.log_format)
-    stop_on_signals()
+    if missing := missing_package(settings):
+        return fail(f"{missing} is not installed; pip install -r requirements.txt", EXIT_USAGE)
     try:
-        return serve(settings)
+        with stopped_by_signals():
+            return serve(settings)
     except Stopped:  # before it served: there is nothing to tell
         return 0
 

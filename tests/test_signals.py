@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from counter.processes.signals import ASKING_SIGNALS, STOP_SIGNALS, UNUSED_SIGNALS
-from kit.harness import ROOT, ServerCommand, children, is_alive, wait_until
+from kit.harness import ROOT, Command, ServerCommand, children, is_alive, wait_until
 from protocol import encode_frame
-from test_lifecycle import queue_held
+from test_lifecycle import queue_held, waits_for
 
 ONE = encode_frame(1)
 PROCESSES = pytest.mark.parametrize("processes", ["0", "2"])
@@ -114,6 +114,42 @@ def test_a_frame_that_came_while_the_server_stood_still_is_not_late(processes: s
                     os.kill(pid, signal.SIGCONT)
                 assert peer.totals(1) == [total]
         server.stop()
+
+
+@PROCESSES
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+def test_signals_without_end_leave_the_last_lines_and_the_exit_code(
+    store: str, processes: str, tmp_path: Path
+) -> None:
+    where = "memory" if store == "memory" else f"sqlite:{tmp_path / 'counter.db'}"
+    with ServerCommand("--processes", processes, "--store", where) as server:
+        with server.connect() as peer:
+            assert peer.add(5) == 5
+        while server.process.poll() is None:
+            server.signal(signal.SIGTERM)
+        assert server.farewell() == (5, 1)
+        assert "Traceback" not in server.errors()
+
+
+def test_signals_without_end_end_a_start_that_waits_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "counter.db"
+    with queue_held(path), Command("server.py", "--port", "0", "--store", f"sqlite:{path}") as it:
+        wait_until(lambda: waits_for(it.process.pid, path), "it waits for its turn")
+        while it.process.poll() is None:
+            it.signal(signal.SIGTERM)
+        assert it.finish() == 0
+        assert (it.output(), it.errors()) == ("", "")
+
+
+@PROCESSES
+def test_who_asks_a_server_for_its_state_ends_nothing_where_nobody_reads_it(processes: str) -> None:
+    with ServerCommand("--processes", processes) as server, server.connect() as peer:
+        assert server.process.stderr is not None
+        server.process.stderr.close()
+        server.signal(signal.SIGUSR1)
+        server.signal(signal.SIGHUP)
+        assert peer.add(5) == 5
+        assert server.stop() == (5, 1)
 
 
 def table() -> dict[str, set[signal.Signals]]:

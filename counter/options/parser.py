@@ -126,12 +126,13 @@ class _ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
         for number, line in enumerate(lines, 1):
             with suppress(ConfigFileParserException):
                 item = super().parse([line])
-                if list not in map(type, item.values()):
+                if list not in map(type, item.values()) and "\0" not in line:
                     items.update(item)
                     continue
-            raise ConfigFileParserException(
-                f"config file {stream.name}, line {number}: write it as key = value, without a list"
-            )
+            wanted = "write it as key = value, without a list"
+            if "\0" in line:
+                wanted = "it holds a zero byte, which no value can have; write it without"
+            raise ConfigFileParserException(f"config file {stream.name}, line {number}: {wanted}")
         return items
 
 

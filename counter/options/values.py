@@ -306,5 +306,6 @@ def masked(text: str) -> str:
 
     A password that should have been escaped is hidden too, if need be with what stands behind it.
     """
-    text = re.sub(r"(?s)(\w+://[^/\s:@]*):((?!\s\w+://).)*@", r"\1:***@", text)
+    # At the beginning of a word, or a long one is looked through from each of its letters.
+    text = re.sub(r"(?s)(\b\w+://[^/\s:@]*):((?!\s\w+://).)*@", r"\1:***@", text)
     return re.sub(r"(?i)([?&]password=)[^&'\"]*", r"\1***", text)

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import ClassVar, Final, NoReturn, TypeVar
 
 from counter.processes.orders import Orders
-from counter.processes.signals import ignore_signals
+from counter.processes.signals import STOP_SIGNALS, ignore_signals
+from counter.system.signals import blocked
 from counter.system.waiting import wait_readable
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -62,13 +63,20 @@ def ask_child(
     """What `work` gives or, of the errors in `raises`, what it raises, in a process of its own.
 
     What it opens and imports ends with it. ChildError if nothing comes within `timeout_s`, or at
-    all; then the log says why.
+    all; then the log says why. OSError if it cannot be forked.
     """
     parent = os.getpid()
     read_end, write_end = os.pipe()
-    pid = os.fork()
-    if not pid:
-        _answer(parent, work, raises, write_end)
+    # Blocked, a signal waits until the child ignores it, instead of running the parent's handler.
+    with blocked(STOP_SIGNALS):
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(read_end)
+            os.close(write_end)
+            raise
+        if not pid:
+            _answer(parent, work, raises, write_end)
     os.close(write_end)
     try:
         answer: T | Exception = pickle.loads(_read_all(read_end, timeout_s))

@@ -98,7 +98,13 @@ class Master:
 
         CannotBoot if the processes cannot start.
         """
-        with handled(HANDLED, self._on_signal), self._wake:
+        others = set(HANDLED) - set(STOP_SIGNALS)
+        with (
+            # Who stops it once more, when all have ended, is told how it ended like everybody.
+            handled(STOP_SIGNALS, self._on_signal, ignored_behind=True),
+            handled(others, self._on_signal),
+            self._wake,
+        ):
             try:
                 self._fork_missing()
                 self._until_ready()

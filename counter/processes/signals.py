@@ -6,10 +6,12 @@ None that can be handled ends it without its last lines: docs/operations.md has 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
-from counter.system.signals import undo_inherited
+from counter.system.signals import ignore, undo_inherited
 
 # SIGPWR: the power fails. SIGXCPU: the time that the process may compute is up.
 STOP_SIGNALS: Final = (
@@ -43,19 +45,34 @@ class Stopped(BaseException):
         return "a signal ended the wait"
 
 
-def stop_on_signals() -> None:
-    """Has the signals that stop raise Stopped, and the others do nothing: for the times before and
-    after the program serves. As the first process of a container it would otherwise not end.
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Inside, a signal that stops raises Stopped, and the others do nothing: for the time before
+    the program serves. As the first process of a container it would otherwise not end. Behind, the
+    program ends, and none does anything.
     """
+    try:
+        for number in STOP_SIGNALS:
+            signal.signal(number, raise_stopped)
+        for number in (*ASKING_SIGNALS, *UNUSED_SIGNALS):
+            signal.signal(number, signal.SIG_IGN)
+        undo_inherited()
+        yield
+    finally:
+        ignore_stop_signals()
 
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        raise Stopped
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, on_signal)
-    for number in (*ASKING_SIGNALS, *UNUSED_SIGNALS):
-        signal.signal(number, signal.SIG_IGN)
-    undo_inherited()
+def raise_stopped(_number: int, _frame: FrameType | None) -> None:
+    """Handles the first of the signals that stop; what ends for it is not disturbed by another."""
+    ignore_stop_signals()
+    raise Stopped
+
+
+def ignore_stop_signals() -> None:
+    """For a program that is about to end. One that comes while the interpreter ends would find no
+    handler of Python's any more, and would be what ended it.
+    """
+    ignore(STOP_SIGNALS)
 
 
 def ignore_signals() -> None:

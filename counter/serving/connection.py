@@ -155,13 +155,14 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             why = Ending(bad.reason)
             self.host.refused(why, f"{self.peer()}: {bad}")
             self.end(why)
-        if batch:
-            self.host.ask(self, batch.sum(), batch)
         if self.rest:
             if batch or not started:
                 self.host.deadlines.begin(self)
         elif started:
             self.host.deadlines.end(self)
+        # At last: a turn that is full is answered at once, which may end the connection.
+        if batch:
+            self.host.ask(self, batch.sum(), batch)
 
     def transmit(self, data: bytes) -> None:
         """Hands bytes to the kernel; what it does not take is left in `unsent`."""

@@ -7,9 +7,9 @@ master alone.
 from __future__ import annotations
 
 import gc
-import io
 import socket
 from collections.abc import Callable
+from io import StringIO
 from typing import Any
 
 import gevent
@@ -129,10 +129,10 @@ def dump_stacks() -> None:
     """Writes the stack of every greenlet and thread of this process to standard error."""
     from gevent.util import print_run_info
 
-    stacks = io.StringIO()
+    text = StringIO()
     gc.unfreeze()  # what is frozen is not found
     try:
-        print_run_info(file=stacks)
+        print_run_info(file=text)
     finally:
         gc.freeze()
-    write_error(stacks.getvalue())
+    write_error(text.getvalue())

@@ -55,7 +55,7 @@ class TlsConnection(Connection):
             return
         if answer := session.outgoing():
             self.transmit(answer)
-        if not session.handshaken:
+        if not session.handshaken or self.ending is Ending.GONE:
             return
         deadlines = self.host.deadlines
         began_at = None

@@ -8,6 +8,7 @@ and what they mean is said by whoever uses this. Everything here is for the main
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -63,15 +64,42 @@ def undo_inherited() -> None:
 
 @contextlib.contextmanager
 def handled(
-    numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]
+    numbers: Iterable[int],
+    handler: Callable[[int, FrameType | None], Any],
+    ignored_behind: bool = False,
 ) -> Iterator[None]:
-    """Inside, these signals call the handler; behind, what handled them before does so again."""
+    """Inside, these signals call the handler; behind, what handled them before does so again, or
+    they are ignored."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        if ignored_behind:
+            ignore(before)
+        else:
+            for number, earlier in before.items():
+                signal.signal(number, earlier)
+
+
+def ignore(numbers: Iterable[int]) -> None:
+    """Ignores signals from here on.
+
+    The interpreter complains of one that has come and finds its handler gone when it looks. So they
+    are handled by nothing first; then the system ignores them, for all threads; and when none can
+    come any more, the interpreter does, which would have the system act on them at its end.
+    """
+    ignored = tuple(numbers)
+    system_signal = ctypes.CDLL(None).signal
+    system_signal.argtypes, system_signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    for number in ignored:
+        signal.signal(number, _do_nothing)
+        system_signal(number, int(signal.SIG_IGN))
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    pass
 
 
 @contextlib.contextmanager

@@ -41,9 +41,8 @@ def write_result(text: str) -> None:
 
 
 def write_error(text: str) -> None:
-    """Writes to standard error at once; where it cannot be written, on a full disk or into a pipe
-    that nobody reads any more, nothing else fails for it. What is written later is tried again.
-    """
+    """Writes to standard error what somebody asked for. Where nobody reads it (a pipe that is
+    closed, a full disk) nothing is said, as nothing is of a line of the log."""
     with suppress(OSError):
         sys.stderr.write(text)
         sys.stderr.flush()

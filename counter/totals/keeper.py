@@ -15,8 +15,9 @@ from typing import Final
 from counter.options.server import ServerSettings
 from counter.options.values import Seconds, StoreAddress
 from counter.processes.child import ChildError, ask_child
-from counter.processes.signals import Stopped
+from counter.processes.signals import STOP_SIGNALS, Stopped, raise_stopped
 from counter.processes.slots import Slots
+from counter.system.signals import handled
 from counter.totals.counter import Counter
 from counter.totals.memory import MemoryCounter, make_shared_counter
 from counter.totals.store import Found, Store, StoreAway, StoreError
@@ -79,11 +80,12 @@ class StoreKeeper(Keeper):
     def last_total(self, slots: Slots) -> int:
         """What the store holds now; where it is away, the last total that it told this server."""
         try:
-            # Aside, so that a store that hangs is given up in time.
-            if self._forks:
-                return ask_child(self._read, LAST_READING_S, raises=(StoreAway,))
-            return self._read()
-        except (ChildError, StoreAway, Stopped) as error:
+            with handled(STOP_SIGNALS, raise_stopped):
+                # Aside, so that a store that hangs is given up in time.
+                if self._forks:
+                    return ask_child(self._read, LAST_READING_S, raises=(StoreAway,))
+                return self._read()
+        except (ChildError, OSError, StoreAway, Stopped) as error:
             told = slots.last_total()
             _log.warning(
                 "store %s cannot be read at the end (%s): what follows is the last total it told",

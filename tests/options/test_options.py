@@ -660,6 +660,7 @@ def test_a_command_line_that_cannot_be_read_ends_in_one_line(
         (b"\nport = 1\n# one\n=\n", "counter.conf, line 4: write it as key = value"),
         (b"store = elsewhere\n", "'elsewhere' is not a store"),
         (b"port = [1, 2]\n", "counter.conf, line 1: write it as key = value, without a list"),
+        (b"port = 1\nstore = sqlite:a\0b\n", "counter.conf, line 2: it holds a zero byte"),
         (b"port\n", "'true' is not a whole number"),
         (b"host = \xff\xfe\n", "counter.conf: 'utf-8' codec can't decode byte 0xff"),
     ],
@@ -754,6 +755,12 @@ def test_the_command_line_can_undo_a_switch() -> None:
 )
 def test_the_password_of_a_url_is_masked_and_nothing_else(text: str, shown: str) -> None:
     assert masked(text) == shown
+
+
+@pytest.mark.timeout(20)  # in which a text of a tenth of this length was not looked through
+def test_a_long_text_is_looked_through_in_no_time() -> None:
+    text = "a" * 1_000_000
+    assert masked(text) == text
 
 
 @pytest.mark.parametrize(
@@ -999,6 +1006,31 @@ def test_a_command_without_its_packages_says_what_to_install(program: str) -> No
     assert ran.returncode == 2
     line = rf"{program}: \w+ is not installed; pip install -r requirements\.txt\n"
     assert re.fullmatch(line, ran.stderr.decode())
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+@pytest.mark.parametrize(
+    ("package", "flags"),
+    [
+        ("numpy", []),
+        ("prometheus_client", ["--adminPort", "0"]),
+        ("redis", ["--store", "redis://127.0.0.1:1/0"]),
+        ("redis", ["--store", "rediss://127.0.0.1:1/0"]),
+    ],
+)
+def test_a_package_that_only_the_processes_import_is_missed_before_they_are_forked(
+    package: str, flags: list[str], processes: str
+) -> None:
+    flags = ["--port", "0", "--processes", processes, *flags]
+    script = f"import sys; sys.modules[{package!r}] = None; import server; "
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{script} sys.exit(server.main({flags}))"],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=20,
+    )
+    line = f"server.py: {package} is not installed; pip install -r requirements.txt\n"
+    assert (ran.returncode, ran.stdout, ran.stderr.decode()) == (2, b"", line)
 
 
 @pytest.mark.parametrize("program", ["server.py", "client.py"])

@@ -17,6 +17,12 @@ from counter.serving.additions import Asker
 from counter.serving.connection import Connection
 from counter.serving.deadlines import FrameDeadlines
 from counter.serving.ending import Ending
+from counter.serving.tls_connection import TlsConnection
+from counter.system.sockets import unread_bytes
+from counter.tls.contexts import server_context
+from counter.tls.session import Session
+from counter.tls.snapshot import Snapshot
+from kit.certificates import kit, trusting
 from kit.harness import wait_until
 from protocol import MAX_UNREAD_FRAMES, Batch, Decoder, encode_frame
 
@@ -65,7 +71,7 @@ class FakeHost:
 class Bench:
     """A connection, and its peer's end."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[FakeHost, _socket.socket], Connection] = Connection) -> None:
         self.host = FakeHost()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.peer = socket.create_connection(listener.getsockname())
@@ -73,7 +79,7 @@ class Bench:
         # As the server has it: a plain socket, with nothing of Python's around it.
         plain = _socket.socket(ours.family, ours.type, 0, ours.detach())
         plain.setblocking(False)
-        self.connection = Connection(self.host, plain)
+        self.connection = make(self.host, plain)
         self.pool = Pool(1)
         self.pool.add(self.connection)
 
@@ -136,6 +142,42 @@ def test_the_deadline_of_a_frame_begins_with_its_first_byte_and_ends_with_its_la
     assert not deadlines.overdue(float("inf"))
     bench.peer.close()
     bench.until(lambda: not bench.host.open, "it has ended")
+
+
+def test_one_that_ends_as_it_is_answered_has_no_deadline_left(bench: Bench) -> None:
+    """A full turn is answered while the connection that filled it is still being read."""
+    connection, host = bench.connection, bench.host
+
+    def answer(_: Asker, __: int, ___: Batch | None) -> None:
+        connection.sock.shutdown(socket.SHUT_WR)  # what is sent then fails, as after a reset
+        connection.send(bytes(8))
+
+    host.ask = answer
+    bench.peer.sendall(encode_frame(5) + encode_frame(6)[:7])
+    bench.until(lambda: host.freed == [connection], "it has ended")
+    assert not host.deadlines.overdue(float("inf"))
+
+
+def test_one_that_is_gone_in_its_handshake_asks_for_nothing_and_has_no_deadline_left() -> None:
+    certs = kit()
+    snapshot = Snapshot(
+        certs.server.cert.read_text(), certs.server.key.read_text(), "", "cert", "key", ""
+    )
+    context = server_context(snapshot)
+    bench = Bench(lambda host, sock: TlsConnection(host, sock, context))
+    client = Session(trusting(), "localhost")
+    client.start()
+    bench.peer.sendall(client.outgoing())
+    while not client.handshaken:
+        bench.until(lambda: bool(unread_bytes(bench.peer)), "the server's flight is there")
+        client.receive(bench.peer.recv(65536))
+    bench.connection.sock.shutdown(socket.SHUT_WR)  # its last flight fails, as after a reset
+    frames = client.encrypt(encode_frame(5) + encode_frame(6)[:7])
+    bench.peer.sendall(frames)
+    bench.until(lambda: not bench.host.open, "it has ended")
+    assert bench.host.asked == []
+    assert not bench.host.deadlines.overdue(float("inf"))
+    bench.peer.close()
 
 
 def test_a_withdrawn_one_is_owed_nothing_and_lingers(bench: Bench) -> None:

@@ -59,6 +59,21 @@ def test_without_a_standard_output_nothing_is_written() -> None:
     assert tell(code, subprocess.DEVNULL) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("flags", "code"), [(["--frobnicate"], 2), (["--store", "sqlite:/nowhere/counter.db"], 1)]
+)
+def test_an_error_that_cannot_be_told_keeps_its_exit_code(flags: list[str], code: int) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "server.py", "--port", "0", *flags],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=full,
+            check=False,
+        )
+    assert done.returncode == code
+
+
 CLOSED = """
 import os, sys, tempfile
 from counter.system.streams import prepare_streams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from counter.options.server import ServerSettings
 from counter.options.values import Seconds, parse_store
 from counter.processes.child import ChildError, ask_child
 from counter.processes.slots import TOTAL, TOTAL_AT_MS, Slots
+from counter.system.signals import handled
 from counter.totals import keeper
 from counter.totals.keeper import MemoryKeeper, StoreKeeper, make_keeper
 from counter.totals.sqlite import SqliteStore
@@ -108,6 +110,22 @@ def test_a_helping_process_that_is_too_slow_is_ended() -> None:
     with pytest.raises(ChildError, match=r"no answer within 0\.05 s"):
         ask_child(hang, 0.05)
     assert children(os.getpid()) == before
+
+
+@pytest.mark.timeout(20)  # a child that goes on as its parent would hang the tests
+def test_a_helping_process_runs_no_handler_of_its_parents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fork() -> int:
+        pid = real_fork()
+        if not pid:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pid
+
+    real_fork = os.fork
+    monkeypatch.setattr(os, "fork", fork)
+    with handled([signal.SIGTERM], lambda *_: os._exit(7)):
+        assert ask_child(lambda: "5", 20) == "5"
 
 
 def test_a_helping_process_leaves_no_descriptor() -> None:
@@ -215,6 +233,21 @@ def test_the_last_total_of_a_store_that_is_away_is_the_last_it_told(
         slots[1][TOTAL], slots[1][TOTAL_AT_MS] = 49, 1000
         assert kept.last_total(slots) == 50
     assert caplog.text.count("cannot be read at the end") == 2
+
+
+def test_the_last_total_where_nothing_can_be_forked_is_the_last_that_was_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fork() -> int:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    kept = make_keeper(settings_for(path, set_total=40), 2)
+    slots = Slots(1)
+    before = descriptors()
+    monkeypatch.setattr(os, "fork", fork)
+    assert kept.last_total(slots) == 40
+    assert "cannot be read at the end" in caplog.text
+    assert descriptors() == before
 
 
 @pytest.mark.timeout(20)  # whoever waits for it waits for ever
