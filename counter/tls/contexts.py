@@ -146,8 +146,8 @@ def _text(error: OSError | ValueError) -> str:
 
 def _explained(text: str) -> str:
     """The commonest words of OpenSSL, with what they mean here."""
-    if "key values mismatch" in text:
-        return "the key belongs to another certificate"
+    if "key values mismatch" in text or "no certificate assigned" in text:  # of another algorithm
+        return "the key belongs to another certificate; its own stands first in the file"
     if any(words in text for words in NO_PEM):
         return f"it is no PEM file of the kind that is needed ({text})"
     return text
