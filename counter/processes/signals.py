@@ -64,8 +64,8 @@ def stopped_by_signals() -> Iterator[None]:
 
 def raise_stopped(_number: int, _frame: FrameType | None) -> None:
     """Handles the first of the signals that stop; what ends for it is not disturbed by another."""
-    ignore_stop_signals()
-    raise Stopped
+    if ignore(STOP_SIGNALS):
+        raise Stopped
 
 
 def ignore_stop_signals() -> None:

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
+_system_signal = ctypes.CDLL(None).signal
+_system_signal.argtypes, _system_signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+
 
 class WakePipe:
     """Becomes readable with every signal that has a handler, so that a wait for it ends.
@@ -81,25 +84,19 @@ def handled(
                 signal.signal(number, earlier)
 
 
-def ignore(numbers: Iterable[int]) -> None:
-    """Ignores signals from here on.
+def ignore(numbers: Iterable[int]) -> bool:
+    """Ignores signals from here on; false if the system ignored the first of them already.
 
-    The interpreter complains of one that has come and finds its handler gone when it looks. So they
-    are handled by nothing first; then the system ignores them, for all threads; and when none can
-    come any more, the interpreter does, which would have the system act on them at its end.
+    By the system first, for all threads and at once: a handler that calls this is entered again by
+    whatever comes meanwhile. The interpreter complains of one that has come and finds its handler
+    gone; so it is told when none can come any more. It must be, as it would have the system act on
+    them at its end.
     """
     ignored = tuple(numbers)
-    system_signal = ctypes.CDLL(None).signal
-    system_signal.argtypes, system_signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    for number in ignored:
-        signal.signal(number, _do_nothing)
-        system_signal(number, int(signal.SIG_IGN))
+    before = [_system_signal(number, int(signal.SIG_IGN)) for number in ignored]
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _do_nothing(_number: int, _frame: FrameType | None) -> None:
-    pass
+    return bool(before[0] != int(signal.SIG_IGN))
 
 
 @contextlib.contextmanager
