@@ -30,7 +30,8 @@ _NANOSECONDS: Final = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10*
 LONGEST_S: Final = 365 * 24 * 3600
 
 # What a rediss:// URL may say about certificates, in redis-py's words.
-_TLS_PARAMETERS: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs")
+TLS_FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_TLS_PARAMETERS: Final = (*TLS_FILES, "ssl_cert_reqs")
 
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
