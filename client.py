@@ -656,6 +656,8 @@ def _explain_tls(error: OSError) -> str:
     verify = getattr(error, "verify_message", "") or reason.partition("verify failed: ")[2]
     if verify:
         remedy = "--tlsCA names the authority to trust"
+        if "local issuer" in verify:
+            remedy += ", and the server's --tlsCert has to hold those between"
         if "mismatch" in verify:
             remedy = "connect by a name that is in the certificate"
         elif "expired" in verify:

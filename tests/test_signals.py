@@ -117,6 +117,27 @@ def test_a_frame_that_came_while_the_server_stood_still_is_not_late(processes: s
 
 
 @PROCESSES
+def test_a_store_that_could_not_answer_a_server_that_stood_still_is_not_late(
+    processes: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "counter.db"
+    arguments = ("--processes", processes, "--store", f"sqlite:{path}", "--storeTimeout", "1s")
+    with ServerCommand(*arguments) as server, server.connect() as peer:
+        pids = children(server.process.pid) or [server.process.pid]
+        with queue_held(path):
+            peer.send(ONE)
+            peer.expect_silence(0.1)
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+        peer.expect_silence(1.5)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        assert peer.totals(1) == [1]
+        assert server.stop() == (1, 1)
+        assert "is away" not in server.errors()
+
+
+@PROCESSES
 @pytest.mark.parametrize("store", ["memory", "sqlite"])
 def test_signals_without_end_leave_the_last_lines_and_the_exit_code(
     store: str, processes: str, tmp_path: Path

@@ -108,7 +108,9 @@ class _Handler(WSGIHandler):
     def read_requestline(self) -> str:
         if self.rfile.peek(1):
             self.since = time.monotonic()
-        return str(super().read_requestline())
+        line = str(super().read_requestline())
+        # RFC 9112, 2.2: a client may leave an empty line behind a body.
+        return line if line.strip("\r\n") or not line else str(super().read_requestline())
 
     def read_request(self, raw_requestline: str) -> Any:
         if len(raw_requestline.split()) != 3:  # HTTP/0.9 too: it knows neither status nor headers

@@ -30,7 +30,8 @@ _NANOSECONDS: Final = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10*
 LONGEST_S: Final = 365 * 24 * 3600
 
 # What a rediss:// URL may say about certificates, in redis-py's words.
-_TLS_PARAMETERS: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs")
+TLS_FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_TLS_PARAMETERS: Final = (*TLS_FILES, "ssl_cert_reqs")
 
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -120,14 +121,15 @@ def parse_whole(minimum: int, maximum: int = MAX_AMOUNT) -> Callable[[str], int]
 
 
 def parse_path(text: str) -> str:
-    """The path of a file: any text but none, and none that ends in a control character."""
+    """The path of a file: any text but none, and none with something unseen at an end."""
     if not text:
         raise argparse.ArgumentTypeError("the file name is empty; name a file, or leave this out")
-    if unicodedata.category(text[-1]) == "Cc":
-        # A line end that was left there makes it another file than whoever reads it sees.
-        raise argparse.ArgumentTypeError(
-            f"{text!r} ends in a control character; write the file's name without it"
-        )
+    for end, char in (("begins", text[0]), ("ends", text[-1])):
+        # What was left there makes it another file than whoever reads it sees.
+        if char.isspace() or unicodedata.category(char) in ("Cc", "Cf"):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} {end} in a space or control character; write the file's name without it"
+            )
     return text
 
 
@@ -233,8 +235,8 @@ def parse_store(text: str) -> StoreAddress:
     if text == "memory":
         return StoreAddress(text, "memory")
     kind, _, path = text.partition(":")
-    if kind == "sqlite" and path.startswith("//"):
-        # As a path it is one from the root; many programs read it as one below the present folder.
+    if kind == "sqlite" and path.startswith(("//", "file:")):
+        # As a path it is another file than the one that other programs find by it.
         raise argparse.ArgumentTypeError(
             f"{masked(text)!r} is a URL; write sqlite:PATH for a file below the present folder, "
             "sqlite:/PATH for one from the root"

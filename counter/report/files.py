@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import stat
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from typing import Final
 
@@ -32,14 +34,27 @@ class OutputError(Exception):
 def places(settings: ClientSettings) -> list[tuple[str, str]]:
     """The reports that are asked for: option and file."""
     asked = (("--json", settings.json), ("--html", settings.html), ("--hgrm", settings.hgrm))
-    return [(option, path) for option, path in asked if path is not None]
+    return [
+        (option, STANDARD_OUTPUT if _is_standard_output(path) else path)
+        for option, path in asked
+        if path is not None
+    ]
+
+
+def _is_standard_output(path: str) -> bool:
+    """Whether it is the file or pipe that standard output goes to, by whatever name: opened once
+    more, a file would lose what is in it. Devices can be opened several times."""
+    with suppress(OSError, ValueError):  # it is not there, or there is no standard output
+        found = os.stat(path)
+        return not stat.S_ISCHR(found.st_mode) and os.path.samestat(found, os.fstat(1))
+    return False
 
 
 def check(settings: ClientSettings) -> None:
     """OutputError if a report is sure to fail; leaves no file behind that was not there."""
-    seen: dict[str, str] = {}
+    seen: dict[object, str] = {}
     for option, path in places(settings):
-        place = path if path == STANDARD_OUTPUT else os.path.realpath(path)
+        place = _identity(path)
         if place in seen and not _takes_several(path):
             raise OutputError(f"{option} and {seen[place]} both name {path}; give each its own")
         seen[place] = option
@@ -47,6 +62,16 @@ def check(settings: ClientSettings) -> None:
             _check_file(option, path)
     if settings.html is not None and importlib.util.find_spec("pygal") is None:
         raise OutputError("--html needs pygal; pip install -r requirements.txt")
+
+
+def _identity(path: str) -> object:
+    """The same for all names of one file, links among them."""
+    if path != STANDARD_OUTPUT:
+        with suppress(OSError, ValueError):
+            found = os.stat(path)
+            return found.st_dev, found.st_ino
+        return os.path.realpath(path)
+    return path
 
 
 def _takes_several(path: str) -> bool:

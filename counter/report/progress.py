@@ -123,14 +123,13 @@ class ProgressBar:
             _log.info("%s", beginning(so_far.connections, self._settings))
         if not self._shown:
             return
+        now = standing(elapsed_s, so_far, self._settings, self._rate.of(so_far))
         try:
             bar, task = self._started()
-        except ImportError:  # a run goes on without its bar
+            bar.update(task, completed=now.share, left=now.left, pace=now.pace)
+            bar.refresh()
+        except (ImportError, OSError):  # no package, or the terminal is gone: the run goes on
             self._shown = False
-            return
-        now = standing(elapsed_s, so_far, self._settings, self._rate.of(so_far))
-        bar.update(task, completed=now.share, left=now.left, pace=now.pace)
-        bar.refresh()
 
     def end(self, text: str) -> None:
         """Takes the bar away for good, and says something in its place."""
@@ -169,4 +168,5 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # as above
+                self._bar.stop()

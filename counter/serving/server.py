@@ -269,6 +269,7 @@ class CounterServer(PausingServer, StreamServer):
         """Keeps the deadlines of all connections; runs in the loop."""
         now = time.monotonic()
         if self._was_stopped(now):
+            self._sweeper.again(self._sweep)  # the timer would make up for it at once
             return
         for connection in self.deadlines.overdue(now):
             connection.look()

@@ -13,10 +13,12 @@ WRITE: Final = 2
 
 
 def choose_libev() -> None:
-    """Has gevent run on libev, whatever its environment says; before the hub is made.
+    """Has gevent run on libev, and on the kernel interface that libev prefers, whatever gevent's
+    environment says; before the hub is made.
 
-    What is used here of watchers libuv does not have.
+    What is used here of watchers libuv does not have; select() ends at 1,024 descriptors.
     """
     import gevent
 
     gevent.config.loop = "libev-cext,libev-cffi"
+    gevent.config.libev_backend = None

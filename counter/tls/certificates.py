@@ -53,7 +53,12 @@ class Certificates:
         )
         warning = check(snapshot)
         self._shared.publish(json.dumps(asdict(snapshot)))
-        return f"--tlsCert {cert}: {warning}, clients refuse it; renew it" if warning else ""
+        if not warning:
+            return ""
+        remedy = "look at this machine's clock, and at the day it begins"
+        if "expired" in warning:
+            remedy = "renew it"
+        return f"--tlsCert {cert}: {warning}, clients refuse it; {remedy}"
 
     def snapshot(self) -> Snapshot:
         """What was published last, by this process or the one that it was forked from."""

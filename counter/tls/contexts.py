@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import IO, Final
 
 from counter.options.client import ClientSettings
+from counter.system.key_log import key_log_error
 from counter.tls.session import Session, TlsError, reason
 from counter.tls.snapshot import CertificateError, Snapshot
 
@@ -54,7 +55,8 @@ def client_context(settings: ClientSettings) -> ssl.SSLContext:
     Without --tlsCA the system's authorities are trusted. CertificateError if a file cannot be used.
     """
     ca, cert, key = settings.tls_ca, settings.tls_cert, settings.tls_key
-    _check_key_log()
+    if wrong := key_log_error():
+        raise CertificateError(wrong)
     try:
         context = ssl.create_default_context(cafile=ca)
     except (OSError, ValueError) as error:
@@ -101,18 +103,6 @@ def _trust_intermediates(context: ssl.SSLContext) -> None:
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
 
 
-def _check_key_log() -> None:
-    """The ssl module opens this file of its own accord, and fails without naming it."""
-    name = os.environ.get("SSLKEYLOGFILE")
-    if not name:
-        return
-    try:
-        open(name, "a").close()
-    except (OSError, ValueError) as error:
-        remedy = "unset it, or name a file that can be written"
-        raise CertificateError(f"SSLKEYLOGFILE {name}: {_text(error)}; {remedy}") from None
-
-
 def _is_without_key(cert: str) -> bool:
     """Whether a file has certificates alone."""
     try:
@@ -146,8 +136,8 @@ def _text(error: OSError | ValueError) -> str:
 
 def _explained(text: str) -> str:
     """The commonest words of OpenSSL, with what they mean here."""
-    if "key values mismatch" in text:
-        return "the key belongs to another certificate"
+    if "key values mismatch" in text or "no certificate assigned" in text:  # of another algorithm
+        return "the key belongs to another certificate; its own stands first in the file"
     if any(words in text for words in NO_PEM):
         return f"it is no PEM file of the kind that is needed ({text})"
     return text

@@ -37,6 +37,7 @@ from redis.retry import Retry
 
 from counter.options.values import masked
 from counter.totals.redis_script import NOT_ADDED, NOT_MINE, SCRIPT, SCRIPT_HASH, UNDONE
+from counter.totals.redis_tls import check_files
 from counter.totals.store import (
     Found,
     InDoubt,
@@ -58,7 +59,6 @@ RECORD_LIFE_S: Final = 24 * 3600
 SETTLE_WITHIN_S: Final = RECORD_LIFE_S / 2
 
 LONGEST_TEXT: Final = 200
-
 MINIMUM_VERSION: Final = (6, 2)
 
 
@@ -115,6 +115,7 @@ class RedisStore(Store):
     def check(self, set_total: int | None = None, force: bool = False) -> Found:
         where = f"{masked(self._url)} key {self._key!r}"
         try:
+            check_files(self._url)
             self._connect()
             self._check_version()
             self._check_exactness()
@@ -167,10 +168,9 @@ class RedisStore(Store):
         except (RedisError, OSError, StoreError) as error:
             self._connection.disconnect()
             raise StoreAway(_said(error)) from None
-        if value is None:
-            value = 0, 0
-        self._note(value[1])
-        return value[0]
+        total, commits = value or (0, 0)
+        self._note(commits)
+        return total
 
     def probe(self) -> int:
         # A write, since Redis can still be read when it is full or a replica.

@@ -83,6 +83,7 @@ class SqliteStore(Store):
         self._db: sqlite3.Connection | None = None
         self._lock = -1
         self._identity = (0, 0)
+        self._beside: list[tuple[int, int]] = []
         self._look_at = 0.0
         self._last = 0  # the total after this process's last transaction, a guess at what it is
         self._doubted: tuple[int, int] | None = None  # total before and after the one in doubt
@@ -235,11 +236,20 @@ class SqliteStore(Store):
                 self._file = os.path.realpath(self._path)
                 self._db, self._last = _open_total(self._file)
                 self._identity = found.st_dev, found.st_ino
+                self._beside = _identities_beside(self._file)
             self._keep_queue()
+            beside = _identities_beside(self._file)
         except (sqlite3.Error, OSError) as error:
             raise StoreAway(_said(error)) from None
         if self._identity != (found.st_dev, found.st_ino):
             raise StoreAway(f"{self._path} was replaced while it was in use; start the server anew")
+        if self._beside != beside:
+            # Who opens the file from now on sees nothing of this WAL, unless it is in the file.
+            with suppress(sqlite3.Error):
+                self._db.execute("PRAGMA wal_checkpoint")
+            raise StoreAway(
+                f"{self._file}-wal or -shm was removed while it was in use; start the server anew"
+            )
         self._look_at = now + LOOK_S
         return self._db
 
@@ -258,6 +268,16 @@ class SqliteStore(Store):
         before, self._lock = self._lock, os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         if before >= 0:
             os.close(before)
+
+
+def _identities_beside(file: str) -> list[tuple[int, int]]:
+    """What the two files are that SQLite keeps beside a database, without those that are gone."""
+    found = []
+    for end in ("-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            stat = os.stat(file + end)
+            found.append((stat.st_dev, stat.st_ino))
+    return found
 
 
 def _open_total(path: str) -> tuple[sqlite3.Connection, int]:

@@ -347,3 +347,4 @@ def test_requests_of_all_kinds_are_answered_one_after_the_other(server: AdminSer
     kept = b"GET /livez HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
     assert talk(server, kept, LAST).count(OK) == 2
     assert talk(server, *(bytes([byte]) for byte in LAST)).count(OK) == 1
+    assert talk(server, LIVEZ, b"\r\n" + LAST).count(OK) == 2

@@ -866,7 +866,7 @@ def test_printed_settings_are_a_config_file_of_the_same_settings(
 
 @pytest.mark.parametrize(
     "name",
-    ["run 1.json", "run #1.json", "a ;b", "'run'.json", '"run"', "a=b:c", " "],
+    ["run 1.json", "run #1.json", "a ;b", "'run'.json", '"run"', "a=b:c"],
 )
 def test_a_file_name_is_printed_so_that_it_is_read_back(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -51,6 +51,7 @@ def test_a_store_is_read_as_it_is_written(text: str, address: StoreAddress) -> N
         ("sqlite::memory:", "is not a store"),
         ("sqlite:///counter.db", "is a URL; write sqlite:PATH for"),
         ("sqlite:////data/counter.db", "sqlite:/PATH for one from the root"),
+        ("sqlite:file:counter.db?mode=rw", "is a URL; write sqlite:PATH for"),
         ("sqlite://counter.db", "is a URL; write sqlite:PATH for"),
         ("counter.db", "is not a store"),
         ("postgres://host/0", "is not a store"),
@@ -112,17 +113,22 @@ def test_a_refusal_of_a_store_shows_no_password(text: str) -> None:
     assert "***" in str(caught.value)
 
 
-@pytest.mark.parametrize("end", ["\r", "\n", "\t", "\0", "\x1b", "\x7f", "\x85"])
-def test_a_path_that_ends_in_a_control_character_is_refused(end: str) -> None:
+UNSEEN = ["\r", "\n", "\t", "\0", "\x1b", "\x7f", "\x85", " ", "\xa0", "\u200b", "\ufeff"]
+
+
+@pytest.mark.parametrize("end", UNSEEN)
+def test_a_path_with_something_unseen_at_an_end_is_refused(end: str) -> None:
     """A line end that was left there makes another file of it than whoever reads it sees."""
     with pytest.raises(argparse.ArgumentTypeError) as caught:
         parse_path(f"counter.db{end}")
     assert repr(f"counter.db{end}") in str(caught.value)
-    with pytest.raises(argparse.ArgumentTypeError, match="ends in a control character"):
+    with pytest.raises(argparse.ArgumentTypeError, match="ends in a space or control character"):
         parse_store(f"sqlite:counter.db{end}")
+    with pytest.raises(argparse.ArgumentTypeError, match="begins in a space or control character"):
+        parse_store(f"sqlite:{end}counter.db")
 
 
-@pytest.mark.parametrize("text", ["counter.db", "a b", "a\rb", " ", "-", "caf\u00e9", "\udce9"])
+@pytest.mark.parametrize("text", ["counter.db", "a b", "a\rb", "-", "caf\u00e9", "\udce9"])
 def test_any_other_path_is_taken_as_it_is(text: str) -> None:
     assert parse_path(text) == text
 

@@ -123,15 +123,49 @@ def test_a_table_that_nobody_can_read_leaves_the_files_whole(tmp_path: Path) -> 
     assert json.loads(file.read_text())["check"]["verdict"] == "ok"
 
 
+@pytest.mark.parametrize("name", ["/dev/stdout", "out"])
+def test_a_report_to_where_standard_output_goes_is_written_behind_what_is_there(
+    name: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "out"
+    file.write_text("what was there\n")
+    with ServerCommand() as server, file.open("a") as out:
+        words = [sys.executable, "client.py", "--serverAddress", server.address, *SHORT]
+        ran = subprocess.run(
+            [*words, "--json", name if name.startswith("/") else str(file)],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert ran.returncode == 0
+    assert b"All clients finished" in ran.stderr
+    before, report = file.read_text().split("\n", 1)
+    assert (before, json.loads(report)["errors"]) == ("what was there", {})
+
+
+def test_a_report_to_the_pipe_that_standard_output_is_stands_there_alone() -> None:
+    with ServerCommand() as server:
+        code, shown, said = run_client(server.address, "--json", "/dev/stdout")
+    assert (code, json.loads(shown)["errors"]) == (0, {})
+    assert "All clients finished" in said
+
+
 # Before the run
 
 
 def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "run"
     (tmp_path / "same").symlink_to(file)
-    for other in (file, tmp_path / "same", tmp_path / "." / "run"):
-        with pytest.raises(OutputError, match=r"--hgrm and --json both name .*; give each its own"):
-            outputs.check(ClientSettings(json=str(file), hgrm=str(other)))
+    names = [file, tmp_path / "same", tmp_path / "." / "run"]
+    for is_there in (False, True):
+        if is_there:
+            file.touch()
+            (tmp_path / "hard").hardlink_to(file)
+            names.append(tmp_path / "hard")
+        for other in names:
+            with pytest.raises(OutputError, match=r"--hgrm and --json both name .*; give each its"):
+                outputs.check(ClientSettings(json=str(file), hgrm=str(other)))
 
 
 def test_standard_output_takes_one_report() -> None:

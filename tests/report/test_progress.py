@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 
@@ -121,3 +122,14 @@ def test_the_bar_is_gone_afterwards_and_the_cursor_is_back(
     with pytest.raises(KeyboardInterrupt):
         run()
     assert stream.getvalue().endswith("\x1b[2K"), "the line is erased last"
+
+
+class GoneTerminal(Terminal):
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run() -> None:
+    with ProgressBar(WARM_UP, GoneTerminal()) as bar:
+        for elapsed_s in (2.0, 3.0):
+            bar.update(elapsed_s, measured(10))

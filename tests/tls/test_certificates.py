@@ -67,6 +67,11 @@ def test_a_certificate_that_clients_refuse_is_said_where_it_is_served() -> None:
     assert Certificates(str(good.cert), str(good.key), str(kit().ca.cert)).load(check_aside) == ""
     said = Certificates(str(expired.cert), str(expired.key), None).load(check_aside)
     assert said == f"--tlsCert {expired.cert}: it has expired, clients refuse it; renew it"
+    said = Certificates(str(good.cert), str(good.key), None).load(lambda _: "it is not yet valid")
+    assert said.endswith(
+        "it is not yet valid, clients refuse it; "
+        "look at this machine's clock, and at the day it begins"
+    )
     with ServerCommand("--processes", "1", *expired.server_flags()) as server:
         assert "it has expired" in server.error_line_with("WARNING --tlsCert")
         server.stop()

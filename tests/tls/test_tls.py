@@ -21,7 +21,17 @@ import pytest
 
 from client import ConnectError, CounterClient, OutcomeUnknown
 from counter.tls.session import TlsError
-from kit.certificates import PASSPHRASE, Kit, Pair, SplitPeer, TlsPeer, der, kit, trusting
+from kit.certificates import (
+    PASSPHRASE,
+    Kit,
+    Pair,
+    SplitPeer,
+    TlsPeer,
+    der,
+    kit,
+    openssl,
+    trusting,
+)
 from kit.harness import (
     Command,
     Peer,
@@ -301,7 +311,7 @@ def test_a_client_without_a_right_certificate_is_refused_with_a_reason_on_both_s
     [
         ("other_host", "IP address mismatch", "connect by a name that is in the certificate"),
         ("expired_server", "certificate has expired", "the server needs a renewed one"),
-        ("server", "unable to get local issuer certificate", "--tlsCA names the authority"),
+        ("server", "unable to get local issuer certificate", "has to hold those between"),
     ],
 )
 def test_the_command_refuses_a_server_whose_certificate_is_not_right(
@@ -466,7 +476,8 @@ def test_files_that_cannot_be_used_end_the_start_with_one_clear_line(
 ) -> None:
     no_pem = tmp_path / "no.pem"
     no_pem.write_bytes(b"\xff\xfe no certificate\n")
-    server, missing = certs.server, tmp_path / "missing.pem"
+    server, missing, rsa_key = certs.server, tmp_path / "missing.pem", tmp_path / "rsa.key"
+    openssl("genrsa", "-out", rsa_key, "2048")
     cases: list[tuple[Pair, Path | None, list[str]]] = [
         (Pair(missing, server.key), None, [f"--tlsCert {missing}", "no such file"]),
         (Pair(server.cert, missing), None, [f"--tlsKey {missing}", "no such file"]),
@@ -476,6 +487,7 @@ def test_files_that_cannot_be_used_end_the_start_with_one_clear_line(
         (server, no_pem, [f"--tlsClientCA {no_pem}", "no PEM file"]),
         (Pair(server.key, server.key), None, [f"{server.key}", "no PEM file"]),
         (certs.mismatched, None, ["the key belongs to another certificate"]),
+        (Pair(server.cert, rsa_key), None, ["the key belongs to another certificate"]),
         (certs.encrypted, None, [f"{certs.encrypted.key}", "the key is encrypted"]),
     ]
     for pair, client_ca, expected in cases:

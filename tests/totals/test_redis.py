@@ -89,6 +89,19 @@ class TestRedisStore(SharedCounterContract):
         return lambda: open_at(self.redis.url(key))
 
 
+@pytest.mark.parametrize("parameter", ["ssl_ca_certs", "ssl_certfile", "ssl_keyfile"])
+def test_a_file_of_tls_that_cannot_be_read_is_named(parameter: str) -> None:
+    said = refused(f"rediss://127.0.0.1:{free_port()}/0?{parameter}=/nowhere/x.pem")
+    assert said.endswith(f": {parameter} /nowhere/x.pem: no such file or directory")
+
+
+def test_a_key_log_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSLKEYLOGFILE", "/nowhere/keys")
+    port = free_port()
+    assert "SSLKEYLOGFILE /nowhere/keys: no such file" in refused(f"rediss://127.0.0.1:{port}/0")
+    assert "SSLKEYLOGFILE" not in refused(f"redis://127.0.0.1:{port}/0")
+
+
 # What check() finds.
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -675,6 +676,26 @@ def test_a_file_that_was_replaced_is_an_outage(
     assert Path(path).read_bytes() == before
     os.rename(path + ".old", path)
     assert store.add(1) == 1
+
+
+@pytest.mark.parametrize("end", ["-wal", "-shm"])
+def test_a_wal_that_was_removed_is_an_outage_and_what_it_held_is_kept(
+    store: SqliteStore, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Whoever opens the file then makes a new one, and would count from an older total."""
+    monkeypatch.setattr(sqlite_store, "LOOK_S", 0.0)
+    store.close()
+    assert [store.add(5), store.add(5)] == [0, 5]
+    os.rename(path + end, path + ".old")
+    for _ in range(2):
+        with pytest.raises(StoreAway, match="was removed while it was in use"):
+            store.add(1)
+    alone = tmp_path / "alone.db"
+    shutil.copy(path, alone)
+    with closing(sqlite3.connect(alone)) as db:
+        assert db.execute("SELECT total FROM counter").fetchone() == ("10",)
+    os.rename(path + ".old", path + end)
+    assert store.add(1) == 10
 
 
 def test_a_file_is_looked_for_once_a_second_not_at_each_addition(
