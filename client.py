@@ -595,7 +595,7 @@ class _Line:
 
 
 def _reset(sock: socket.socket) -> None:
-    """Closes a socket with RST: its peer throws away what it has not read."""
+    """Closes a socket with RST: what has not left this machine is not sent any more."""
     with suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()

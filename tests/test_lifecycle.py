@@ -84,7 +84,7 @@ def test_a_redis_that_refuses_writes_is_away_until_it_takes_them() -> None:
     with RedisServer() as redis, AdminServer("--store", redis.url()) as server:
         redis.ask("CONFIG", "SET", "maxmemory", "1")
         wait_until(lambda: server.get("readyz")[0] == 503, "it is found out")
-        assert "is away since" in server.get("readyz")[1]
+        assert "has been away for" in server.get("readyz")[1]
         redis.ask("CONFIG", "SET", "maxmemory", "0")
         wait_until(lambda: server.get("readyz")[0] == 200, "it is back")
         with server.connect() as peer:

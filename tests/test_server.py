@@ -229,7 +229,7 @@ def test_a_full_pool_makes_the_next_connection_wait_and_says_so() -> None:
             peer.add(1)
         with server.connect() as waiting:
             waiting.send(ONE)
-            server.error_line_with("all 2 workers are taken and 1 connections wait")
+            server.error_line_with("all 2 workers are taken and 1 connection waits")
             waiting.expect_silence(0.1)
             busy[0].close()
             assert waiting.totals(1) == [3]

@@ -85,7 +85,7 @@ class Status:
         away_ms = [ms for ms in self.slots.cells(AWAY_SINCE_MS) if ms]
         if away_ms:
             away_s = (now_ms() - min(away_ms)) / 1000
-            return Readiness(False, f"store {self.store} is away since {away_s:.1f} s")
+            return Readiness(False, f"store {self.store} has been away for {away_s:.1f} s")
         return Readiness(True)
 
     def is_full(self) -> bool:

@@ -253,10 +253,9 @@ class CounterServer(PausingServer, StreamServer):
         if self.index == first:
             self.limited_log.warning(
                 "full",
-                "all %d workers are taken and %d connections wait; "
-                "raise --multiplier to serve more at once",
+                "all %d workers are taken and %s; raise --multiplier to serve more at once",
                 self.slots.sum(WORKERS),
-                waiting,
+                "1 connection waits" if waiting == 1 else f"{waiting} connections wait",
             )
 
     def end_idle(self, connection: Connection) -> None:

@@ -202,7 +202,7 @@ def test_a_server_whose_store_is_away_is_not_ready_until_it_is_back() -> None:
             redis.pause()
             # Nobody asks for anything: the server finds out by itself.
             wait_until(lambda: server.get("readyz")[0] == 503, "the outage shows")
-            assert "is away since" in server.get("readyz")[1]
+            assert "has been away for" in server.get("readyz")[1]
             assert json.loads(server.get("total")[1])["total"] == "3"
             redis.resume()
             wait_until(lambda: server.get("readyz")[0] == 200, "it is back")
