@@ -247,7 +247,7 @@ def test_the_last_total_where_nothing_can_be_forked_is_the_last_that_was_told(
     monkeypatch.setattr(os, "fork", fork)
     assert kept.last_total(slots) == 40
     assert "cannot be read at the end" in caplog.text
-    assert descriptors() == before
+    assert not set(descriptors()) - set(before)
 
 
 @pytest.mark.timeout(20)  # whoever waits for it waits for ever
