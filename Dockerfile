@@ -1,14 +1,26 @@
+# What needs a compiler is made here; it goes on to where none is, at the same path.
+FROM python:3.13-slim AS build
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN python -m venv --without-pip /opt/venv
+WORKDIR /app
+COPY requirements.txt .
+COPY counter/turn/*.[ch] counter/turn/pyproject.toml counter/turn/setup.py counter/turn/source_hash.py counter/turn/
+RUN pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check -r requirements.txt
+
 FROM python:3.13-slim
 
 # The total that serving processes share is one atomic addition of this library.
 RUN apt-get update && apt-get install -y --no-install-recommends libatomic1 && rm -rf /var/lib/apt/lists/*
 
+COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+
 WORKDIR /app
-COPY requirements.txt .
-RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
 COPY server.py client.py protocol.py ./
 COPY counter ./counter
 RUN python -m compileall -q .
+# An image without the compiled engine is none that anybody asked for.
+RUN python -m counter.turn.library
 
 # Where a total can be kept: a volume that is mounted here is the user's, as this directory is.
 RUN install -d -o 10001 -g 10001 /data

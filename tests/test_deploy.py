@@ -18,6 +18,7 @@ import pytest
 from counter.options.parser import read_settings
 from counter.options.server import ServerSettings
 from counter.processes.master import KILL_GRACE_S
+from kit.engine import needs_compiler
 from kit.harness import PATIENCE_S, ROOT, Command, ServerCommand, wait_until
 
 MANIFESTS = sorted((ROOT / "deploy").glob("kubernetes-*.yaml"))
@@ -106,38 +107,55 @@ def test_the_unit_tries_again_for_ever_but_not_with_a_wrong_option() -> None:
     assert settings.drain_timeout_s + KILL_GRACE_S < float(unit["Service"]["TimeoutStopSec"])
 
 
-def instructions() -> list[tuple[str, str]]:
-    """What the Dockerfile says, line by line: the instruction and what it is given."""
+Instructions = list[tuple[str, str]]
+
+
+def stages() -> tuple[Instructions, Instructions]:
+    """What the Dockerfile says of the stage that builds and of the image, line by line: the
+    instruction and what it is given."""
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     found = re.findall(r"^([A-Z]+)\s+(.+)$", text, re.MULTILINE)
-    return [(name, given.strip()) for name, given in found]
+    said = [(name, given.strip()) for name, given in found]
+    build, image = (place for place, (name, _) in enumerate(said) if name == "FROM")
+    assert build == 0
+    return said[:image], said[image:]
 
 
-def image(directory: Path) -> dict[str, str]:
-    """Lays the image's files out in a directory; gives back the environment of its processes."""
-    context = (ROOT / ".dockerignore").read_text().split()
+def instructions() -> Instructions:
+    """What the Dockerfile says of the image."""
+    return stages()[1]
+
+
+def lay_out(stage: Instructions, directory: Path) -> dict[str, str]:
+    """Lays a stage's files out in a directory; gives back the environment of its processes."""
     environment: dict[str, str] = {}
-    for name, given in instructions():
-        if name == "COPY":
+    for name, given in stage:
+        if name == "COPY" and not given.startswith("--from="):
             *sources, target = given.split()
-            for source in sources:
-                assert f"!{source}" in context, source
-                path = directory / target / ("" if target.endswith("/") else ".")
-                if (ROOT / source).is_dir():
-                    shutil.copytree(
-                        ROOT / source, path, ignore=shutil.ignore_patterns("__pycache__")
-                    )
-                else:
-                    shutil.copy(ROOT / source, path)
+            for path in [path for source in sources for path in ROOT.glob(source)]:
+                lay(path, directory / target)
         elif name == "ENV":
             environment |= dict(pair.split("=") for pair in given.split())
     return environment
 
 
+def lay(path: Path, target: Path) -> None:
+    """Copies what of the context an instruction names."""
+    context = (ROOT / ".dockerignore").read_text().split()
+    within = path.relative_to(ROOT)
+    assert {f"!{part}" for part in (within, *within.parents)} & set(context), path
+    if path.is_dir():
+        shutil.copytree(path, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+
+
 def test_the_image_has_the_files_that_it_runs_and_its_health_check_knows_the_server(
     tmp_path: Path,
 ) -> None:
-    environment = image(tmp_path)
+    environment = lay_out(instructions(), tmp_path)
+    assert environment.pop("PATH").endswith(":$PATH")
     (_, check), (_, command) = [
         (name, json.loads(given[given.index("[") :]))
         for name, given in instructions()
@@ -164,6 +182,40 @@ def test_the_image_has_the_files_that_it_runs_and_its_health_check_knows_the_ser
         assert server.finish() == 0
     with Command(*check[1:], environment={port: at[1]}) as unhealthy:
         assert unhealthy.finish() != 0
+
+
+def test_the_image_has_the_environment_of_a_stage_that_has_a_compiler_and_none_itself() -> None:
+    build, image = stages()
+    (made,) = re.findall(r"-m venv --without-pip (\S+)", " ".join(given for _, given in build))
+    name = build[0][1].split()[-1]
+    assert ("COPY", f"--from={name} {made} {made}") in image
+    assert ("ENV", f"PATH={made}/bin:$PATH") in image
+    assert image[0][1] == build[0][1].split()[0]  # the same Python at the same place
+    assert " gcc libc6-dev " in str(build)
+    assert "gcc" not in str(image)
+
+
+@needs_compiler
+def test_the_engine_that_the_image_takes_over_is_of_the_sources_that_stand_in_it(
+    tmp_path: Path,
+) -> None:
+    built, packages, image = tmp_path / "built", tmp_path / "packages", tmp_path / "image"
+    for stage, folder in zip(stages(), (built, image), strict=True):
+        lay_out(stage, folder)
+    assert "./counter/turn" in (built / "requirements.txt").read_text().splitlines()
+    pip = ("-m", "pip", "--isolated", "install", "--quiet", "--no-index", "--no-deps")
+    local = ("--no-build-isolation", "--target", str(packages), "./counter/turn")
+    subprocess.run([sys.executable, *pip, *local], cwd=built, check=True)
+    (check,) = [given for name, given in instructions() if name == "RUN" and "counter." in given]
+    done = subprocess.run(
+        [sys.executable, *check.split()[1:]],
+        cwd=image,
+        env={"PYTHONPATH": str(packages)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Engine: compiled: {packages}/")
 
 
 def test_the_image_runs_as_the_user_who_owns_the_directory_of_the_total() -> None:

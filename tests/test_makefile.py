@@ -19,6 +19,7 @@ def folder(tmp_path: Path) -> Path:
     """A project that has what the Makefile looks at, on a machine whose python3 is 3.11."""
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(PROJECT / name, tmp_path)
+    shutil.copytree(PROJECT / "counter/turn", tmp_path / "counter/turn")
     (tmp_path / "bin").mkdir()
     python(tmp_path, "python3", "3.11")
     return tmp_path
@@ -93,6 +94,30 @@ def test_newer_requirements_are_installed_into_the_environment_that_is_there(fol
     assert "--clear" not in done.stdout
     assert "-r requirements.txt" in done.stdout
     assert "-r requirements-dev.txt" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["source.c", "source.h", "setup.py", "pyproject.toml"])
+def test_another_source_of_the_engine_has_it_installed_anew_and_make_says_which_there_is(
+    name: str, folder: Path
+) -> None:
+    installed(folder, ".venv", "3.11")
+    later = (folder / ".venv/dev-3.11.stamp").stat().st_mtime + 1
+    os.utime(folder / "counter/turn" / name, (later, later))
+    done = make(folder, "-n", "demo")
+    assert done.returncode == 0, done.stderr
+    _, _, behind = done.stdout.partition("-r requirements.txt\n")
+    assert behind.startswith(".venv/bin/python -m counter.turn.library")
+
+
+def test_the_long_tests_are_run_with_sources_that_watch_themselves_too(folder: Path) -> None:
+    installed(folder, ".venv", "3.11")
+    done = make(folder, "-n", "chaos", "SANITIZE=tests/turn tests/serving")
+    assert done.returncode == 0, done.stderr
+    built, run, long = (
+        done.stdout.index(text)
+        for text in ("-fsanitize=address,undefined", "-m pytest tests/turn tests/serving", "LONG=1")
+    )
+    assert built < run < long
 
 
 def test_a_python_that_cannot_be_run_is_refused_in_one_line_with_the_remedy(folder: Path) -> None:
