@@ -44,6 +44,9 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "port": (":9000", 9000, "9001"),
     "backlog": ("16", 16, "17"),
     "multiplier": ("3", 3, "4"),
+    "slice_s": ("20ms", 0.02, "3m"),
+    "max_connections": ("50,000", 50_000, "60000"),
+    "engine": ("Plain", "plain", "compiled"),
     "store": ("memory", StoreAddress("memory", "memory"), "elsewhere"),  # refused if not outdone
     "set_total": ("1,000", 1000, "2"),
     "force": ("true", True, "false"),
@@ -424,7 +427,7 @@ def test_a_duration_of_more_than_a_year_is_refused(
     assert float(parse_seconds(0)("8760h")) == LONGEST_S
 
 
-@pytest.mark.parametrize("flag", ["--frameTimeout", "--writeTimeout"])
+@pytest.mark.parametrize("flag", ["--frameTimeout", "--writeTimeout", "--slice", "--idleTimeout"])
 @pytest.mark.parametrize("text", ["0", "0s", "0.9ms"])
 def test_a_deadline_of_nothing_is_refused(
     flag: str, text: str, capsys: pytest.CaptureFixture[str]
@@ -593,6 +596,46 @@ def test_processes_are_whole_cpus_and_never_more_than_workers(
 
 
 @pytest.mark.parametrize(
+    ("asked", "workers", "processes", "descriptors", "limit"),
+    [
+        (None, 40, 2, 20_000, 10_000),
+        (None, 40, 2, math.inf, 10_000),
+        (None, 12_000, 2, 20_000, 12_000),
+        (None, 40, 2, 1024, 1920),
+        (None, 40, 1, 1024, 960),
+        (None, 12_000, 2, 1024, 1920),
+        (100, 40, 2, 1024, 100),
+        (40, 40, 2, 1024, 40),
+        (100_000, 40, 2, 20_000, 39_872),
+        (100_000, 40, 2, math.inf, 100_000),
+        (None, 40, 2, 64, 2),
+        (None, 40, 3, 10, 3),
+    ],
+)
+def test_connections_are_ten_thousand_or_as_asked_and_never_more_than_descriptors_allow(
+    asked: int | None, workers: int, processes: int, descriptors: float, limit: int
+) -> None:
+    settings = ServerSettings(max_connections=asked)
+    assert settings.connection_limit(workers, processes, descriptors) == limit
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (None, None),
+        (40, None),
+        (10_000, None),
+        (39, "--maxConnections 39 is fewer than the 40 workers; raise it to 40 at least, or"),
+    ],
+)
+def test_connections_that_are_fewer_than_the_workers_are_refused_with_both_numbers(
+    asked: int | None, words: str | None
+) -> None:
+    problem = ServerSettings(max_connections=asked).too_few_connections(40)
+    assert problem is None if words is None else problem and words in problem
+
+
+@pytest.mark.parametrize(
     ("arguments", "planned_duration_s"),
     [
         ([], 60),
@@ -633,6 +676,8 @@ def test_a_run_that_nothing_bounds_is_planned_for_a_minute(
         (ServerSettings, ["--host= "], "argument --host: the host is empty; write 127.0.0.1"),
         (ServerSettings, ["--logLevel", "loud"], "is not one of debug, info, warning, error"),
         (ServerSettings, ["--logFormat", "xml"], "is not one of text, json"),
+        (ServerSettings, ["--engine", "c"], "'c' is not one of auto, compiled, plain"),
+        (ServerSettings, ["--maxConnections", "0"], "'0' is not a whole number of 1 to"),
         (ServerSettings, ["--store", "elsewhere"], "'elsewhere' is not a store"),
         (ServerSettings, ["--config", "missing/file"], "missing/file"),
         (ServerSettings, ["--config", "."], "config file: ."),
