@@ -44,7 +44,7 @@ chaos: $(DEV)
 	LONG=1 $(BIN)/python -m pytest -s -k "$(CHAOS)"
 
 clean:
-	rm -rf .venv .venv-3.*
+	rm -rf .venv .venv-3.* build *.egg-info
 
 # A stamp is newer than the requirements it was installed from: a second run installs nothing. It
 # names the version, so an environment of a python3 that has become another one is made anew.

@@ -25,7 +25,7 @@ if __name__ == "__main__" and sys.flags.safe_path:
 try:
     from counter.admin.dump import dump
     from counter.admin.status import Status
-    from counter.options.parser import read_settings
+    from counter.options.parser import read_settings, unknown_variables
     from counter.options.server import ServerSettings
     from counter.processes.child import CannotServe, Child
     from counter.processes.master import CannotBoot, Master
@@ -438,6 +438,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_streams()
     settings = read_settings(ServerSettings, arguments)
     configure_log(settings.log_level, settings.log_format)
+    for warning in unknown_variables(ServerSettings):
+        _log.warning(warning)
     if missing := missing_package(settings):
         return fail(f"{missing} is not installed; pip install -r requirements.txt", EXIT_USAGE)
     try:

@@ -239,6 +239,9 @@ class ServerSettings(Settings):
             return "--tlsCert and --tlsKey need each other; give both"
         if self.tls_client_ca and not self.tls_cert:
             return "--tlsClientCA needs --tlsCert and --tlsKey"
+        # Where the environment or a file says so for every start, it is left alone.
+        if self.force and self.set_total is None and "force" in on_command_line:
+            return "--force needs --setTotal, without which it does nothing"
         return None
 
     def workers(self, cpus: float) -> int:
