@@ -64,6 +64,33 @@ def test_it_answers_while_more_connections_than_workers_are_busy(processes: str)
         assert server.get("readyz") == (200, "ok\n")
 
 
+@PROCESSES
+def test_who_waits_for_a_worker_or_in_the_backlog_is_told_as_long_as_he_does(
+    processes: str,
+) -> None:
+    limit = ("--maxConnections", "24")
+    with AdminServer("--processes", processes, *limit, workers=4) as server:
+        load = ("--connections", "20", "--pipeline", "16", "--duration", "1m")
+        with Command("client.py", "--serverAddress", server.address, *load):
+            wait_until(lambda: server.metric("counter_waiting_connections") > 0, "they wait")
+            wait_until(lambda: server.metric("counter_longest_wait_seconds") > 0, "for a while")
+            wait_until(
+                lambda: re.fullmatch(r"ok, full: \d+ wait\n", server.get("readyz")[1]) is not None,
+                "the server is ready, and says that it is full",
+            )
+            with peers(server.address, 10):
+                wait_until(lambda: server.metric("counter_connections") == 24, "no more may come")
+                wait_until(lambda: server.metric("counter_backlog_connections") == 6, "6 too many")
+                wait_until(
+                    lambda: server.get("readyz")[1].endswith(" 6 more in the backlog\n"),
+                    "it says that some are not accepted",
+                )
+                assert server.metric("counter_max_connections") == 24
+        wait_until(lambda: server.get("readyz") == (200, "ok\n"), "nobody waits")
+        assert server.metric("counter_waiting_connections") == 0
+        assert server.metric("counter_longest_wait_seconds") == 0
+
+
 @pytest.mark.parametrize(
     ("processes", "names"),
     [("0", ["serving-0"]), ("2", ["admin", "master", "serving-0", "serving-1"])],
