@@ -60,7 +60,7 @@ sanitize: $(SANITIZED).stamp
 	if cat $(SANITIZED)/report.* 2>/dev/null; then exit 1; else exit $$code; fi
 
 clean:
-	rm -rf .venv .venv-3.*
+	rm -rf .venv .venv-3.* build *.egg-info
 
 # A stamp is newer than the requirements it was installed from: a second run installs nothing. It
 # names the version, so an environment of a python3 that has become another one is made anew.

@@ -509,9 +509,7 @@ class _Line:
         if _is_late(error):
             if own is None:
                 return "another call on the connection waited for its reply in vain"
-            return (
-                f"no reply within {own.timeout or 0:g} s (every worker of the server may be taken)"
-            )
+            return f"no reply within {own.timeout or 0:g} s (the server may have too much to do)"
         if isinstance(error, OSError):
             return f"the connection was lost ({(error.strerror or str(error)).lower()})"
         return "another call on the connection was interrupted"
@@ -595,7 +593,8 @@ class _Line:
 
 
 def _reset(sock: socket.socket) -> None:
-    """Closes a socket with RST: what has not left this machine is not sent any more."""
+    """Closes a socket with RST: what has not left this machine is not sent any more, and what the
+    server has not read is not counted."""
     with suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()

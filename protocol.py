@@ -249,7 +249,9 @@ def parse_address(text: str, default_host: str = "127.0.0.1") -> tuple[str, int]
         raise AddressError(f"address {text!r}: write HOST:PORT, without a scheme")
     if text.strip().endswith("]"):
         raise AddressError(f"address {text!r}: the port is missing, as in [::1]:8080")
-    host, _, port = text.strip().rpartition(":")
+    host, colon, port = text.strip().rpartition(":")
+    if not port or not (colon or port.isdecimal()):
+        raise AddressError(f"address {text!r}: the port is missing; write HOST:PORT")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:

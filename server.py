@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import signal
 import socket
@@ -26,7 +25,7 @@ if __name__ == "__main__" and sys.flags.safe_path:
 try:
     from counter.admin.dump import dump
     from counter.admin.status import Status
-    from counter.options.parser import read_settings
+    from counter.options.parser import read_settings, unknown_variables
     from counter.options.server import ServerSettings
     from counter.processes.child import CannotServe, Child
     from counter.processes.master import CannotBoot, Master
@@ -64,24 +63,32 @@ if TYPE_CHECKING:
 
 ADMIN_BACKLOG: Final = 128
 
-# Descriptors besides the workers' own: the process's, and sockets that linger.
-SPARE_DESCRIPTORS: Final = 64
-
 # So much later than --writeTimeout the kernel gives a peer up that does not read.
 UNREAD_GRACE_S: Final = 15.0
 
 _log = logging.getLogger("server")
 
 
-def warn_of_descriptors(workers: int, limit: float) -> None:
-    """Warns when the workers need more descriptors than this process may open."""
-    if workers + SPARE_DESCRIPTORS > limit:
-        _log.warning(
-            "%d workers need more than the %d descriptors this process may open; "
-            "raise the limit (ulimit -Hn) or lower --multiplier",
-            workers,
+def connection_shares(settings: ServerSettings, workers: int, processes: int) -> list[int]:
+    """How many connections each process may have open; says so where descriptors bound it.
+
+    Raises the limit on descriptors, which the processes inherit, as far as it may be.
+    """
+    descriptors = raise_descriptor_limit()
+    limit = settings.connection_limit(workers, processes, descriptors)
+    wanted = settings.wanted_connections(workers)
+    if limit < wanted:
+        # Of the default more is there than most need, as long as every worker can be taken.
+        is_missed = settings.max_connections is not None or limit < workers
+        _log.log(
+            logging.WARNING if is_missed else logging.INFO,
+            "at most %d connections at once instead of %d, as each process may open %d "
+            "descriptors; to have more, raise that (ulimit -Hn)",
             limit,
+            wanted,
+            descriptors,
         )
+    return list(split_evenly(limit, processes))
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class Shared:
 
     settings: ServerSettings
     workers: int
+    connection_shares: list[int]  # how many connections each process may have open
     listener: socket.socket
     keeper: Keeper
     certificates: Certificates | None
@@ -298,13 +306,16 @@ def serve(settings: ServerSettings) -> int:
     """Serves as the settings say until SIGTERM or SIGINT; gives back the exit code."""
     cpus = available_cpus()
     workers, processes = settings.workers(cpus), settings.process_count(cpus)
-    warn_of_descriptors(math.ceil(workers / max(1, processes)), raise_descriptor_limit())
+    if problem := settings.too_few_connections(workers):
+        return fail(problem, EXIT_USAGE)
+    shares = connection_shares(settings, workers, max(1, processes))
     try:
         listener = listen_for_peers(settings)
         # The store comes last: it may be given a total, which a start that fails must not do.
         shared = Shared(
             settings=settings,
             workers=workers,
+            connection_shares=shares,
             slots=Slots(max(1, processes)),
             listener=listener,
             address=format_address(*listener.getsockname()[:2]),
@@ -314,15 +325,7 @@ def serve(settings: ServerSettings) -> int:
         )
     except (OSError, StoreError, CertificateError) as error:
         return fail(str(error), EXIT_CANNOT_START)
-    found = shared.keeper.found
-    keeps_nothing = settings.store.kind != "memory" and found.survives.startswith("nothing")
-    level = logging.WARNING if keeps_nothing else logging.INFO
-    _log.log(level, "CPUs to use: %g; an answered addition survives %s", cpus, found.survives)
-    for warning in found.warnings:
-        _log.warning("store %s: %s", settings.store, warning)
-    if shared.admin:
-        where = format_address(*shared.admin.getsockname()[:2])
-        _log.info("the admin port is at http://%s/", where)
+    introduce(shared, cpus, engine="plain")
     try:
         if processes:
             Supervised(shared).run()
@@ -337,6 +340,27 @@ def serve(settings: ServerSettings) -> int:
     stopped = f"Server stopped after processing total requests: {requests:,}"
     say(settings, stopped, requests=requests)
     return 0
+
+
+def introduce(shared: Shared, cpus: float, engine: str) -> None:
+    """The first lines of the log: with what it counts, what that survives, what is amiss in it.
+
+    `engine` is the one that serves: compiled or plain.
+    """
+    found, store = shared.keeper.found, shared.settings.store
+    keeps_nothing = store.kind != "memory" and found.survives.startswith("nothing")
+    _log.log(
+        logging.WARNING if keeps_nothing else logging.INFO,
+        "CPUs to use: %g; the engine: %s; an answered addition survives %s",
+        cpus,
+        engine,
+        found.survives,
+    )
+    for warning in found.warnings:
+        _log.warning("store %s: %s", store, warning)
+    if shared.admin:
+        where = format_address(*shared.admin.getsockname()[:2])
+        _log.info("the admin port is at http://%s/", where)
 
 
 def listen_for_peers(settings: ServerSettings) -> socket.socket:
@@ -414,6 +438,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_streams()
     settings = read_settings(ServerSettings, arguments)
     configure_log(settings.log_level, settings.log_format)
+    for warning in unknown_variables(ServerSettings):
+        _log.warning(warning)
     if missing := missing_package(settings):
         return fail(f"{missing} is not installed; pip install -r requirements.txt", EXIT_USAGE)
     try:

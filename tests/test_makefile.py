@@ -137,3 +137,12 @@ def test_clean_forgets_every_environment_and_nothing_else(folder: Path) -> None:
     done = make(folder, "clean", "PYTHON=missing")
     assert done.returncode == 0, done.stderr
     assert [found.name for found in folder.glob(".venv*")] == [".venv-mine"]
+
+
+def test_clean_removes_what_building_the_package_left(folder: Path) -> None:
+    (folder / "build/lib").mkdir(parents=True)
+    (folder / "counter_client.egg-info").mkdir()
+    before = {found.name for found in folder.iterdir()}
+    assert make(folder, "clean").returncode == 0
+    after = {found.name for found in folder.iterdir()}
+    assert before - after == {"build", "counter_client.egg-info"}

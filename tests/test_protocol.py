@@ -538,6 +538,10 @@ def test_what_is_no_address_is_refused_and_named(text: str) -> None:
         ("http://host:80", "write HOST:PORT, without a scheme"),
         ("http://[::1]", "write HOST:PORT, without a scheme"),
         ("host:65536", "the port is not a number of 0 to 65535"),
+        ("127.0.0.1", "the port is missing; write HOST:PORT"),
+        ("host:", "the port is missing; write HOST:PORT"),
+        ("", "the port is missing; write HOST:PORT"),
+        ("65536", "the port is not a number of 0 to 65535"),
     ],
 )
 def test_a_refused_address_comes_with_advice(text: str, advice: str) -> None:

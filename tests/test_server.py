@@ -344,6 +344,7 @@ def test_a_port_that_is_taken_is_one_line_and_exit_1() -> None:
         (["--port", "99999"], 2, "'99999' is not a whole number of 0 to 65535"),
         (["--prot", "9000"], 2, "unknown argument --prot, did you mean port?"),
         (["--config", "/no/such/file"], 2, "/no/such/file"),
+        (["--maxConnections", "1"], 2, "--maxConnections 1 is fewer than the "),
     ],
 )
 def test_a_server_that_cannot_start_says_why_in_one_line(
@@ -357,9 +358,23 @@ def test_a_server_that_cannot_start_says_why_in_one_line(
         assert server.output() == ""
 
 
+def test_descriptors_bound_the_connections_and_the_log_says_how_many_there_can_be() -> None:
+    with ServerCommand(workers=4, descriptors=100) as server:
+        told = server.error_line_with("at most 36 connections at once instead of 10000")
+        assert " INFO " in told
+        assert "each process may open 100 descriptors" in told
+        server.stop()
+    with ServerCommand(workers=50, descriptors=100) as server:
+        assert " WARNING " in server.error_line_with("at most 36 connections at once")
+        server.stop()
+    with ServerCommand("--maxConnections", "40", workers=4, descriptors=100) as server:
+        assert " WARNING " in server.error_line_with("36 connections at once instead of 40")
+        server.stop()
+
+
 def test_running_out_of_descriptors_is_logged_once_survived_and_recovered_from() -> None:
-    with ServerCommand(workers=200, descriptors=60) as server:
-        server.error_line_with("200 workers need more than the 60 descriptors")
+    with ServerCommand(workers=200) as server:
+        server.leave_descriptors(40)
         with peers(server.address, 80) as clients:
             clients[0].add(1)
             server.error_line_with("cannot accept connections: Too many open files")

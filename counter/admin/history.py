@@ -17,7 +17,6 @@ from counter.processes.slots import (
     COMMIT_BOUNDS_S,
     COMMIT_US,
     COMMITS,
-    CONNECTIONS_TOTAL,
     REQUESTS,
     Slots,
 )
@@ -64,38 +63,15 @@ class History:
         self._clock = clock
         self._seconds: deque[Sample] = deque(maxlen=MINUTES_S + 1)
         self._steps: deque[Sample] = deque(maxlen=int(HOUR_S / STEP_S) + 1)
-        # Moments at which connections waited, and for each how many will ever have been accepted
-        # when all that waited then are.
-        self._queue: deque[tuple[float, int]] = deque()
 
-    def note(self, waiting: int) -> None:
-        """Samples the counts; `waiting` connections wait for a worker in the backlog."""
+    def note(self) -> None:
+        """Samples the counts."""
         slots, now = self._slots, self._clock()
         commits = tuple(slots.sum(COMMITS + i) for i in range(len(COMMIT_BOUNDS_S) + 1))
         sample = Sample(now, slots.sum(REQUESTS), slots.sum(COMMIT_US), commits)
         self._seconds.append(sample)
         if not self._steps or now - self._steps[-1].at_s >= STEP_S - _EARLY_S:
             self._steps.append(sample)
-        self._note_queue(now, waiting)
-
-    def _note_queue(self, now: float, waiting: int) -> None:
-        queue, accepted = self._queue, self._slots.sum(CONNECTIONS_TOTAL)
-        if not waiting:
-            queue.clear()
-        while queue and queue[0][1] <= accepted:
-            queue.popleft()
-        if waiting and (not queue or queue[-1][1] < accepted + waiting):
-            queue.append((now, accepted + waiting))
-
-    def longest_wait_s(self) -> float:
-        """How long the head of the backlog has waited for a worker, to a second; 0 if nobody does.
-
-        The kernel does not say when a connection came. But it is a queue: its head was there at an
-        earlier sample if fewer were accepted since than waited then.
-        """
-        accepted = self._slots.sum(CONNECTIONS_TOTAL)
-        since = next((at_s for at_s, mark in self._queue if mark > accepted), None)
-        return 0.0 if since is None else self._clock() - since
 
     def minutes(self) -> Rates:
         """Requests a second in each second of the last MINUTES_S: how long ago it ended, and how

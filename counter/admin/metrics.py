@@ -29,11 +29,13 @@ from counter.processes.slots import (
     CONNECTIONS,
     CONNECTIONS_TOTAL,
     LOSSES,
+    MOST_CONNECTIONS,
     READS,
     REASONS,
     REFUSED,
     REQUESTS,
     WORKERS,
+    WORKERS_TAKEN,
 )
 from counter.system.version import VERSION
 
@@ -67,7 +69,7 @@ class ServerCollector(Collector):
             refused.add_metric([reason], slots.sum(REFUSED + place))
         yield refused
         yield CounterMetricFamily(
-            "counter_connections", "Connections that got a worker.", slots.sum(CONNECTIONS_TOTAL)
+            "counter_connections", "Connections that were accepted.", slots.sum(CONNECTIONS_TOTAL)
         )
         yield CounterMetricFamily(
             "counter_process_restarts",
@@ -83,23 +85,30 @@ class ServerCollector(Collector):
     def _gauges(self) -> Iterable[Metric]:
         status, slots = self._status, self._status.slots
         gauges = {
-            "counter_connections": ("Open connections.", slots.sum(CONNECTIONS)),
+            "counter_connections": (
+                "Open connections, those without a worker included.",
+                slots.sum(CONNECTIONS),
+            ),
+            "counter_max_connections": (
+                "Connections that may be open at once; further ones wait in the listen backlog.",
+                slots.sum(MOST_CONNECTIONS),
+            ),
             "counter_workers": ("Connections that may be served at once.", slots.sum(WORKERS)),
             "counter_workers_taken": (
                 "Workers that are taken, each by one open connection.",
-                slots.sum(CONNECTIONS),
+                slots.sum(WORKERS_TAKEN),
             ),
             "counter_pool_full": ("1 while every worker is taken.", int(status.is_full())),
             "counter_waiting_connections": (
-                "Connections that wait for a worker; they do in the listen backlog.",
+                "Connections that wait for a worker: they have sent something that was not read.",
                 status.waiting(),
             ),
             "counter_longest_wait_seconds": (
-                "How long the first of those that wait for a worker has waited, to a second.",
-                status.history.longest_wait_s(),
+                "How long the first of those that wait for a worker has waited.",
+                status.longest_wait_s(),
             ),
             "counter_backlog_connections": (
-                "Connections in the listen backlog.",
+                "Connections in the listen backlog, which wait to be accepted.",
                 status.backlog(),
             ),
             "counter_start_time_seconds": (

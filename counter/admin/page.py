@@ -52,18 +52,30 @@ def rows(state: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Total", f"{int(state['total']):,}"
     yield "Requests a second", f"{rates[-1][1] if rates else 0:,}"
     yield "Requests answered", f"{state['requests']:,}, reads included, which add nothing"
-    yield "Workers taken", f"{state['connections']:,} of {state['workers']:,}"
+    yield "Open connections", f"{state['connections']:,} of {state['max_connections']:,} at most"
+    yield "Workers taken", f"{state['workers_taken']:,} of {state['workers']:,}"
     if state["waiting"]:
-        longest = f"the first of them for {state['longest_wait_s']:g} s"
+        longest = f"the first of them for {state['longest_wait_s']:.3g} s"
         yield "Waiting for a worker", f"{state['waiting']:,}, {longest}"
+    if state["backlog"]:
+        yield "In the backlog", f"{state['backlog']:,}, not accepted yet"
     if commits:
         yield "Commit to the store", f"{commits['mean_s'] * 1000:.3g} ms, the mean of the last 10 s"
     for reason, count in state["refused"].items():
         if count:
             yield f"Refused: {reason}", f"{count:,}"
     for one in state["processes"]:
-        taken = f"{one['connections']:,} of {one['workers']:,} workers"
         name = f"Process {one['pid']}" if one["pid"] else "Dead process"
-        yield name, f"{one['requests']:,} requests, {taken}, replaced {one['restarts']} times"
+        yield name, ", ".join(_of_process(one))
     yield "Store", f"{state['store']}; an answered addition survives {state['survives']}"
     yield "Version", f"{state['version']}, up for {timedelta(seconds=round(state['uptime_s']))}"
+
+
+def _of_process(one: dict[str, Any]) -> Iterator[str]:
+    """What there is to say of one process."""
+    yield f"{one['requests']:,} requests"
+    yield f"{one['connections']:,} connections"
+    yield f"{one['workers_taken']:,} of {one['workers']:,} workers taken"
+    if one["waiting"]:
+        yield f"{one['waiting']:,} waiting"
+    yield f"replaced {one['restarts']} times"

@@ -17,8 +17,10 @@ from typing import Any
 from counter.admin.history import History
 from counter.processes.slots import (
     AWAY_SINCE_MS,
+    BACKLOG,
     CONNECTIONS,
     CONNECTIONS_TOTAL,
+    MOST_CONNECTIONS,
     PID,
     REASONS,
     REFUSED,
@@ -26,7 +28,9 @@ from counter.processes.slots import (
     STARTS,
     TOTAL_AT_MS,
     WAITING,
+    WAITING_SINCE_MS,
     WORKERS,
+    WORKERS_TAKEN,
     Slots,
     now_ms,
 )
@@ -89,21 +93,37 @@ class Status:
         return Readiness(True)
 
     def is_full(self) -> bool:
-        """Whether every worker is taken."""
+        """Whether every worker is taken; nobody need wait for one, as idle connections keep theirs
+        until somebody does."""
         workers = self.slots.sum(WORKERS)
-        return workers > 0 and self.slots.sum(CONNECTIONS) >= workers
+        return workers > 0 and self.slots.sum(WORKERS_TAKEN) >= workers
+
+    def waiting(self) -> int:
+        """Connections that wait for a worker: those with unread bytes and without one."""
+        return self.slots.sum(WAITING)
+
+    def longest_wait_s(self) -> float:
+        """How long the first of those that wait for a worker has waited; 0 if nobody does."""
+        since_ms = [ms for ms in self.slots.cells(WAITING_SINCE_MS) if ms]
+        return max(0, now_ms() - min(since_ms)) / 1000 if since_ms else 0.0
 
     def backlog(self) -> int:
         """Connections in the listen backlog, as the processes saw it last."""
-        return max(self.slots.cells(WAITING))
+        return max(self.slots.cells(BACKLOG))
 
-    def waiting(self) -> int:
-        """Connections that wait for a worker: those in the backlog while every worker is taken."""
-        return self.backlog() if self.is_full() else 0
+    def is_at_limit(self) -> bool:
+        """Whether as many connections are open as may be, so that new ones wait in the backlog."""
+        most = self.slots.sum(MOST_CONNECTIONS)
+        return most > 0 and self.slots.sum(CONNECTIONS) >= most
 
     def crowd(self) -> str:
-        """What to say of a server whose workers do not suffice: `full: 30 wait`; else nothing."""
-        waiting = self.waiting()
+        """What to say of more connections than can be served at once: `full: 30 wait` for a
+        worker, and how many are not accepted, as --maxConnections is reached; else nothing."""
+        waiting, outside = self.waiting(), self.backlog() if self.is_at_limit() else 0
+        if waiting and outside:
+            return f"full: {waiting:,} wait, {outside:,} more in the backlog"
+        if outside:
+            return f"full: {outside:,} wait in the backlog"
         return f"full: {waiting:,} wait" if waiting else ""
 
     def uptime_s(self) -> float:
@@ -126,7 +146,7 @@ class Status:
 
     def sample(self) -> None:
         """Notes the counts of this moment; to be called once a second."""
-        self.history.note(self.waiting())
+        self.history.note()
 
     def as_json(self) -> dict[str, Any]:
         """Everything that the page shows. Numbers above 2^53 are text."""
@@ -151,9 +171,11 @@ class Status:
             "commits": commits and finite(asdict(commits)),
             "connections": slots.sum(CONNECTIONS),
             "connections_total": slots.sum(CONNECTIONS_TOTAL),
+            "max_connections": slots.sum(MOST_CONNECTIONS),
             "workers": slots.sum(WORKERS),
+            "workers_taken": slots.sum(WORKERS_TAKEN),
             "waiting": self.waiting(),
-            "longest_wait_s": round(history.longest_wait_s(), 1),
+            "longest_wait_s": self.longest_wait_s(),
             "backlog": self.backlog(),
             "refused": {reason: slots.sum(REFUSED + place) for place, reason in enumerate(REASONS)},
             "processes": [self._process(index) for index in range(len(slots))],
@@ -165,6 +187,8 @@ class Status:
             "pid": slot[PID],
             "connections": slot[CONNECTIONS],
             "workers": slot[WORKERS],
+            "workers_taken": slot[WORKERS_TAKEN],
+            "waiting": slot[WAITING],
             "requests": slot[REQUESTS],
             "refused": sum(slot[REFUSED + place] for place in range(len(REASONS))),
             "restarts": max(0, slot[STARTS] - 1),

@@ -7,6 +7,7 @@ a Ctrl-C meanwhile ends the command as it does later.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,11 +56,13 @@ def run(arguments: Sequence[str] | None, library: Library) -> int:
 
 def _obey(arguments: Sequence[str] | None, library: Library) -> int:
     from counter.options.client import ClientSettings
-    from counter.options.parser import read_settings
+    from counter.options.parser import read_settings, unknown_variables
     from counter.system.log import configure_log
 
     settings = read_settings(ClientSettings, arguments)
     configure_log(settings.log_level, settings.log_format)
+    for warning in unknown_variables(ClientSettings):
+        logging.getLogger("client").warning(warning)
     if settings.read or settings.add is not None:
         return _ask_once(settings, settings.add or 0, library)
     return _load(settings, library)

@@ -235,18 +235,18 @@ class ClientSettings(Settings):
         if self.tls_key and not self.tls_cert:
             return "--tlsKey needs --tlsCert"
         if self.read or self.add is not None:
-            return self._report_of_nothing(on_command_line)
+            return self._load_of_nothing(on_command_line)
         return None
 
-    def _report_of_nothing(self, on_command_line: Collection[str]) -> str | None:
-        """Why a report cannot be of one request, None where the command line wants none.
+    def _load_of_nothing(self, on_command_line: Collection[str]) -> str | None:
+        """Which option is of a load or its report, None where the command line has none of these.
 
         What the environment or a file says for every load is left alone.
         """
         for declared in fields(self):
             given = getattr(self, declared.name) != declared.default
-            is_report = declared.metadata["group"] == _REPORT
-            if is_report and given and declared.name in on_command_line:
+            is_of_load = declared.metadata["group"] in (_LOAD, _REPORT)
+            if is_of_load and given and declared.name in on_command_line:
                 return f"{declared.metadata['flag']} needs a load; --add and --read make none"
         return None
 

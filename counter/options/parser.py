@@ -3,9 +3,9 @@
 Here text is parsed and the environment read, and nowhere else; which options there are is not
 known here. Command line beats environment beats config file beats default. An unknown argument and
 an unknown key of the config file are errors, and abbreviations are not accepted: a misspelt limit
-must not be a missing limit. Variables of the environment that no option has are not looked at,
-because container engines set variables of their own under any prefix; an empty one is unset,
-because they set `NAME=` for what was not given. Every error names where its value came from.
+must not be a missing limit. A variable of the environment that no option has is worth a warning and
+no error, because container engines set variables of their own under any prefix; an empty one is
+unset, because they set `NAME=` for what was not given. Every error names where its value came from.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, fields
-from functools import partial
 from typing import Any, Final, NoReturn, TextIO, TypeVar
 
 import configargparse
@@ -32,6 +31,15 @@ from counter.system.streams import write_error, write_result
 from counter.system.version import VERSION
 
 _ARGUMENTS: Final = "command line"
+
+# What Kubernetes sets in a pod for each Service, after its name; other variables of a Service have
+# values such as tcp://10.0.0.7:8080.
+_OF_SERVICE: Final = re.compile(
+    r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$"
+)
+
+# ConfigArgParse's own words, which quote Python's.
+_NOT_OPENED: Final = re.compile(r"Unable to open config file: (.*)\. Error: (.*)", re.DOTALL)
 
 
 class _Collect(argparse.Action):
@@ -86,12 +94,40 @@ def read_settings(
         parser.refuse_unknown(unknown)
     settings = record(**{f.name: getattr(values, f.name) for f in fields(record)})
     if values.print_config:
-        _show(record.program, "\n".join(config_lines(settings, parser.origins())) + "\n")
+        remarks = [f"# {remark}" for remark in _strangers(parser, record, env)]
+        lines = [*config_lines(settings, parser.origins()), *remarks]
+        _show(record.program, "\n".join(lines) + "\n")
         sys.exit(0)
     given = [name for name, origin in parser.origins().items() if origin == _ARGUMENTS]
     if conflict := settings.conflict(given):
         parser.refuse_conflict(conflict)
     return settings
+
+
+def unknown_variables(
+    record: type[Settings], environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """A warning for each variable that has the program's prefix and is no option's, as when it is
+    misspelt; `environment` is the process's own unless given."""
+    env = _given(os.environ if environment is None else environment)
+    return _strangers(_make_parser(record), record, env)
+
+
+def _strangers(
+    parser: _Parser, record: type[Settings], environment: Mapping[str, str]
+) -> list[str]:
+    variables = [getattr(action, "env_var", None) or "" for action in parser._actions]
+    known = [variable.removeprefix(record.prefix) for variable in variables]
+    found = []
+    for variable, value in environment.items():
+        name = variable.removeprefix(record.prefix)
+        if name == variable or name in known:
+            continue
+        if not (_OF_SERVICE.search(f"_{name}") or re.match("(tcp|udp|sctp)://", value)):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {record.prefix}{near[0]}?" if near else "--help lists all"
+            found.append(one_line(f"{variable} is no variable of {record.program}; {hint}"))
+    return found
 
 
 def _given(environment: Mapping[str, str]) -> dict[str, str]:
@@ -114,26 +150,53 @@ def _show(program: str, text: str) -> None:
 
 
 class _ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
-    """ConfigArgParse's format, line by line, so that an error has its line; no value is a list."""
+    """ConfigArgParse's format, line by line, so that an error has its line; less of it.
+
+    No value is a list. What that would pass over or guess at is an error: sections, and a key with
+    a value behind it and nothing between them.
+    """
 
     def parse(self, stream: TextIO) -> dict[str, str]:
         """The text of each key; ConfigFileParserException, with the file's name, if it has none."""
         try:
             lines = stream.readlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigFileParserException(f"config file {stream.name}: {error}") from None
+        except OSError as error:
+            why = f"cannot read config file {stream.name}: {error.strerror}"
+            raise ConfigFileParserException(why) from None
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{error.object[error.start]:02x}"
+            why = f"config file {stream.name}: it is no text in UTF-8 ({byte} is not)"
+            raise ConfigFileParserException(why) from None
         items: dict[str, str] = {}
         for number, line in enumerate(lines, 1):
-            with suppress(ConfigFileParserException):
-                item = super().parse([line])
-                if list not in map(type, item.values()) and "\0" not in line:
-                    items.update(item)
-                    continue
-            wanted = "write it as key = value, without a list"
-            if "\0" in line:
-                wanted = "it holds a zero byte, which no value can have; write it without"
-            raise ConfigFileParserException(f"config file {stream.name}, line {number}: {wanted}")
+            wanted = self._fault(line.strip())
+            if not wanted:
+                items.update(super().parse([line]))
+            else:
+                where = f"config file {stream.name}, line {number}"
+                raise ConfigFileParserException(f"{where}: {wanted}")
         return items
+
+    def _fault(self, line: str) -> str:
+        """What is to be done about a line that cannot be taken, nothing if it can."""
+        if "\0" in line:
+            return "it holds a zero byte, which no value can have; write it without"
+        if line.startswith(("[", "---")):
+            return "there are no sections; write key = value alone"
+        if re.match(r"[^\s:=;#]+\s+[^\s:=;#]", line):
+            return "there is no = between key and value; write it as key = value"
+        with suppress(ConfigFileParserException):
+            if list not in map(type, super().parse([line]).values()):
+                return ""
+        return "write it as key = value, without a list"
+
+
+def _open_config(path: str) -> TextIO:
+    """Opens a config file; OSError, whose text is the reason alone."""
+    try:
+        return open(path, encoding="utf-8-sig")  # Windows' editors mark it
+    except OSError as error:
+        raise OSError(error.strerror) from None
 
 
 class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
@@ -149,10 +212,11 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit code 2."""
         origins = self.origins()
+        message = _NOT_OPENED.sub(r"cannot read config file \1: \2", message)
         for action in self._actions:
             beginnings = [f"argument {'/'.join(action.option_strings)}:"]
             if action.dest == "config":
-                beginnings.append("Unable to open config file:")
+                beginnings.append("cannot read config file ")
             origin = origins.get(action.dest, _ARGUMENTS)
             if message.startswith(tuple(beginnings)) and origin != _ARGUMENTS:
                 message += f" (from {origin})"
@@ -209,7 +273,7 @@ def _make_parser(record: type[Settings]) -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         config_file_parser_class=_ConfigFile,
-        config_file_open_func=partial(open, encoding="utf-8-sig"),  # Windows' editors mark it
+        config_file_open_func=_open_config,
         add_config_file_help=False,
         add_env_var_help=True,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Final
 
 from counter.options.declare import RUNNING, Settings, option
 from counter.options.values import (
@@ -23,6 +24,13 @@ from protocol import MAX_AMOUNT
 
 _LISTEN, _SIZE, _COUNT, _TIME = "where to listen", "how much at once", "counting", "deadlines"
 _TLS = "encryption"
+
+# Open connections in all processes unless --maxConnections says otherwise: an idle one costs a
+# kilobyte or so, and so many ten megabytes.
+DEFAULT_CONNECTIONS: Final = 10_000
+
+# Descriptors besides the connections' own in each process: its files, and sockets that linger.
+SPARE_DESCRIPTORS: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +68,14 @@ class ServerSettings(Settings):
     backlog: int = option(
         "--backlog",
         _LISTEN,
-        "connections that may wait for a worker (the kernel's net.core.somaxconn bounds it)",
+        "connections that may wait to be accepted (the kernel's net.core.somaxconn bounds it)",
         default=1024,
         parse=parse_whole(1, 2**31 - 1),
     )
     multiplier: int = option(
         "--multiplier",
         _SIZE,
-        "workers per CPU: so many connections are served at once",
+        "workers per CPU: so many connections are served at once, more of them take turns",
         default=20,
         parse=parse_whole(1, 1_000_000),
     )
@@ -78,6 +86,30 @@ class ServerSettings(Settings):
         "0 serves in this very process, without one",
         parse=parse_whole(0, 1024),
         shown_default="one per whole CPU",
+    )
+    slice_s: float = option(
+        "--slice",
+        _SIZE,
+        "while others wait for a worker, a busy connection gives its own up after so long",
+        default=Seconds(0.05),
+        parse=parse_seconds(0.001),
+        metavar="TIME",
+    )
+    max_connections: int | None = option(
+        "--maxConnections",
+        _SIZE,
+        "open connections in all processes, those without a worker included; further ones wait in "
+        "the backlog",
+        parse=parse_whole(1, 1_000_000_000),
+        shown_default=f"{DEFAULT_CONNECTIONS}, or the workers where there are more",
+    )
+    engine: str = option(
+        "--engine",
+        _SIZE,
+        "what receives and answers: compiled (C), plain (Python), or auto, the first that is there",
+        default="auto",
+        parse=parse_choice("auto", "compiled", "plain"),
+        metavar="ENGINE",
     )
     store: StoreAddress = option(
         "--store",
@@ -120,8 +152,8 @@ class ServerSettings(Settings):
     idle_timeout_s: float = option(
         "--idleTimeout",
         _TIME,
-        "while every worker is taken and connections wait, one that was idle for so long gives its "
-        "worker up",
+        "while --maxConnections is reached and others wait in the backlog, a connection that was "
+        "idle for longer is closed",
         default=Seconds(60),
         parse=parse_seconds(0.001),
         metavar="TIME",
@@ -207,11 +239,39 @@ class ServerSettings(Settings):
             return "--tlsCert and --tlsKey need each other; give both"
         if self.tls_client_ca and not self.tls_cert:
             return "--tlsClientCA needs --tlsCert and --tlsKey"
+        # Where the environment or a file says so for every start, it is left alone.
+        if self.force and self.set_total is None and "force" in on_command_line:
+            return "--force needs --setTotal, without which it does nothing"
         return None
 
     def workers(self, cpus: float) -> int:
         """How many connections are served at once: ceil(CPUs × multiplier)."""
         return whole_share(cpus, self.multiplier)
+
+    def too_few_connections(self, workers: int) -> str | None:
+        """Why --maxConnections is too small for so many workers and what to do; None if it is not.
+
+        How many workers there are hangs on the machine, so conflict() cannot know.
+        """
+        if self.max_connections is None or self.max_connections >= workers:
+            return None
+        return (
+            f"--maxConnections {self.max_connections} is fewer than the {workers} workers; "
+            f"raise it to {workers} at least, or lower --multiplier"
+        )
+
+    def wanted_connections(self, workers: int) -> int:
+        """Open connections in all processes as they were asked for, whatever the system allows."""
+        return self.max_connections or max(DEFAULT_CONNECTIONS, workers)
+
+    def connection_limit(self, workers: int, processes: int, descriptors: float) -> int:
+        """How many connections may be open in all processes together, one in each at least.
+
+        `descriptors` is how many each process may open, perhaps infinite; where those do not
+        suffice for what is wanted, they are the limit.
+        """
+        each = max(1, descriptors - SPARE_DESCRIPTORS)
+        return int(min(self.wanted_connections(workers), processes * each))
 
     def process_count(self, cpus: float) -> int:
         """How many processes serve, 0 for this very one: never more than there are workers."""

@@ -176,7 +176,7 @@ def parse_seconds(minimum_s: float) -> Callable[[str], Seconds]:
                 return seconds
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a duration of {Seconds(minimum_s)} to {Seconds(LONGEST_S)}; "
-            "write 500ms, 5s, 2m or plain seconds"
+            "write 500ms, 5s, 2m, 1h or plain seconds"
         )
 
     return parse

@@ -39,10 +39,14 @@ COMMIT_BOUNDS_S: Final = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.
 
 # Gauges, which end with the process.
 PID: Final = 32
-CONNECTIONS: Final = 33  # connections that hold a worker now
-WORKERS: Final = 34  # how many may; 0 while the process does not accept
+CONNECTIONS: Final = 33  # open connections, those without a worker included
+WORKERS: Final = 34  # how many of them may have a worker at once; 0 while it does not accept
 AWAY_SINCE_MS: Final = 35  # since when its store is away, by the monotonic clock; 0 where it is not
-WAITING: Final = 36  # connections in the backlog, as this process saw it last
+BACKLOG: Final = 36  # connections in the backlog, as this process saw it last
+WORKERS_TAKEN: Final = 37  # connections that have a worker now
+WAITING: Final = 38  # connections that wait for one: they have unread bytes and no worker
+WAITING_SINCE_MS: Final = 39  # since when the first of those waits, by now_ms(); 0 where none does
+MOST_CONNECTIONS: Final = 40  # its share of --maxConnections; 0 while it does not accept
 
 _FIRST_GAUGE: Final = 32
 _CELLS: Final = 48  # 384 bytes a slot: two processes never write to the same cache line
@@ -110,15 +114,16 @@ class Slots:
             self._slots[index][cell] = 0
 
     def fewest_connections(self, but: int) -> int | None:
-        """Of the processes with a free worker, leaving out one: the smallest number of connections.
+        """Of the processes that may take one more, leaving out one: the smallest number of open
+        connections.
 
-        None where no other has a free worker.
+        None where no other can take one: each does not accept, or has its share.
         """
         return min(
             (
                 slot[CONNECTIONS]
                 for index, slot in enumerate(self._slots)
-                if index != but and slot[CONNECTIONS] < slot[WORKERS]
+                if index != but and slot[CONNECTIONS] < slot[MOST_CONNECTIONS]
             ),
             default=None,
         )

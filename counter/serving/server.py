@@ -24,15 +24,17 @@ from gevent.server import StreamServer
 from counter.options.server import ServerSettings
 from counter.options.values import Seconds
 from counter.processes.slots import (
+    BACKLOG,
     CONNECTIONS,
     CONNECTIONS_TOTAL,
     LOSSES,
+    MOST_CONNECTIONS,
     PID,
     REASONS,
     REFUSED,
     STARTS,
-    WAITING,
     WORKERS,
+    WORKERS_TAKEN,
     Slots,
 )
 from counter.serving.additions import Additions, Asker, Turn
@@ -139,7 +141,7 @@ class CounterServer(PausingServer, StreamServer):
         self._before_waiting.start(self.commit)
         self.slot[STARTS] += 1
         self.slot[PID] = os.getpid()
-        self.slot[WORKERS] = self.pool.size
+        self.slot[WORKERS] = self.slot[MOST_CONNECTIONS] = self.pool.size
 
     def do_read(self) -> tuple[_socket.socket, Any] | None:  # type: ignore[override]
         """Accepts one connection as a plain non-blocking socket, or gives back None."""
@@ -222,11 +224,13 @@ class CounterServer(PausingServer, StreamServer):
     def note_opened(self) -> None:
         """Notes that a connection has begun."""
         self.slot[CONNECTIONS] += 1
+        self.slot[WORKERS_TAKEN] += 1
         self.slot[CONNECTIONS_TOTAL] += 1
 
     def note_closed(self) -> None:
         """Notes that a connection has ended."""
         self.slot[CONNECTIONS] -= 1
+        self.slot[WORKERS_TAKEN] -= 1
 
     def free_worker(self, connection: Connection) -> None:
         """Takes the worker back of a connection whose greenlet never ran."""
@@ -278,7 +282,7 @@ class CounterServer(PausingServer, StreamServer):
         self._lingering.sweep(now)
         self.additions.sweep(now)
         if not self._is_draining:
-            self.slot[WAITING] = waiting_connections(self.socket)
+            self.slot[BACKLOG] = waiting_connections(self.socket)
             if self.pool.full():
                 self._room.make(now)
 
@@ -320,7 +324,7 @@ class CounterServer(PausingServer, StreamServer):
         left is closed as it is. Afterwards nothing is added any more.
         """
         self.stop_accepting()
-        self.slot[WORKERS] = 0
+        self.slot[WORKERS] = self.slot[MOST_CONNECTIONS] = 0
         connections = [*self.pool, *self._accept_backlog()]
         for connection in connections:
             connection.drain()

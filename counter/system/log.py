@@ -68,11 +68,12 @@ class LimitedLog:
         self._next_at[kind] = now + self._interval_s
         left_out = self._left_out.pop(kind, 0)
         if left_out:
-            message += f" ({left_out} more like it were left out)"
+            message += f" ({left_out} more like it {'was' if left_out == 1 else 'were'} left out)"
         self._logger.warning(message, *args)
 
     def flush(self) -> None:
         """Says how many lines of each kind are still left out; for the end of the program."""
         for kind, left_out in self._left_out.items():
-            self._logger.warning("%s: %d more warnings were left out", kind, left_out)
+            warnings = "warning was" if left_out == 1 else "warnings were"
+            self._logger.warning("%s: %d more %s left out", kind, left_out, warnings)
         self._left_out.clear()

@@ -9,15 +9,21 @@ from typing import Any
 from counter.admin.page import TEMPLATE, render
 from counter.admin.status import Status
 from counter.processes.slots import (
+    BACKLOG,
     COMMIT_US,
     COMMITS,
     CONNECTIONS,
+    MOST_CONNECTIONS,
     PID,
     REASONS,
     REFUSED,
+    REQUESTS,
     WAITING,
+    WAITING_SINCE_MS,
     WORKERS,
+    WORKERS_TAKEN,
     Slots,
+    now_ms,
 )
 
 
@@ -28,6 +34,7 @@ class Server:
         self.slots = Slots(1)
         self.slots[0][PID] = 4711
         self.slots[0][WORKERS] = 40
+        self.slots[0][MOST_CONNECTIONS] = 10_000
         self.status = Status(
             self.slots, store, lambda: 16423170, 0, "127.0.0.1:8080", "the death of a process"
         )
@@ -61,20 +68,39 @@ def test_a_server_at_rest_says_what_it_is_and_nothing_of_troubles() -> None:
     assert rows["Server"] == "127.0.0.1:8080, ready"
     assert rows["Total"] == "16,423,170"
     assert rows["Requests a second"] == "0"
+    assert rows["Open connections"] == "0 of 10,000 at most"
     assert rows["Workers taken"] == "0 of 40"
     assert rows["Store"] == "memory; an answered addition survives the death of a process"
-    assert "Process 4711" in rows
-    assert not [name for name in rows if name.startswith(("Refused", "Waiting", "Commit"))]
+    assert rows["Process 4711"] == (
+        "0 requests, 0 connections, 0 of 40 workers taken, replaced 0 times"
+    )
+    troubles = ("Refused", "Waiting", "In the backlog", "Commit")
+    assert not [name for name in rows if name.startswith(troubles)]
+
+
+def fill(server: Server) -> None:
+    """As many connections as may be, all workers taken by some, and most of the others wait."""
+    slot = server.slots[0]
+    slot[REQUESTS], slot[CONNECTIONS], slot[WORKERS_TAKEN], slot[WAITING] = 7000, 10_000, 40, 1200
+    slot[WAITING_SINCE_MS] = now_ms() - 90
+    slot[BACKLOG] = 312
 
 
 def test_a_full_server_says_so_in_its_title_and_first_line() -> None:
     server = Server()
-    server.slots[0][CONNECTIONS] = 40
-    server.slots[0][WAITING] = 1200
-    server.status.sample()
-    assert server.title() == "ready, full: 1,200 wait · 16,423,170 · counter"
-    assert server.rows()["Server"] == "127.0.0.1:8080, ready, full: 1,200 wait"
-    assert server.rows()["Waiting for a worker"].startswith("1,200, the first of them for ")
+    fill(server)
+    words = "ready, full: 1,200 wait, 312 more in the backlog"
+    assert server.title() == f"{words} · 16,423,170 · counter"
+    rows = server.rows()
+    assert rows["Server"] == f"127.0.0.1:8080, {words}"
+    assert rows["Open connections"] == "10,000 of 10,000 at most"
+    assert rows["Workers taken"] == "40 of 40"
+    assert re.fullmatch(r"1,200, the first of them for 0\.\d+ s", rows["Waiting for a worker"])
+    assert rows["In the backlog"] == "312, not accepted yet"
+    assert rows["Process 4711"] == (
+        "7,000 requests, 10,000 connections, 40 of 40 workers taken, 1,200 waiting, "
+        "replaced 0 times"
+    )
 
 
 def test_a_server_that_is_not_ready_says_why() -> None:

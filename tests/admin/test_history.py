@@ -1,4 +1,4 @@
-"""What is remembered of a server's last hour: rates, commits, how long the queue's head waited."""
+"""What is remembered of a server's last hour: rates and commits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from counter.processes.slots import (
     COMMIT_BOUNDS_S,
     COMMIT_US,
     COMMITS,
-    CONNECTIONS_TOTAL,
     REQUESTS,
     Slots,
 )
@@ -23,13 +22,12 @@ class Server:
         self.now_s = 1000.0
         self.history = History(self.slots, lambda: self.now_s)
 
-    def run(self, seconds: int, requests: int = 0, accepted: int = 0, waiting: int = 0) -> None:
+    def run(self, seconds: int, requests: int = 0) -> None:
         """So many seconds, in each of which that much happened."""
         for _ in range(seconds):
             self.slots[0][REQUESTS] += requests
-            self.slots[1][CONNECTIONS_TOTAL] += accepted
             self.now_s += 1.0
-            self.history.note(waiting)
+            self.history.note()
 
 
 def test_the_rate_of_each_second_is_told_with_how_long_ago_it_was() -> None:
@@ -89,42 +87,3 @@ def test_commits_are_told_of_the_last_seconds_alone() -> None:
     assert now is not None
     assert (now.count, now.within_s) == (100, COMMIT_BOUNDS_S[3])
     assert now.mean_s == pytest.approx(0.0005)
-
-
-def test_who_waits_at_the_head_of_the_queue_has_waited_since_it_came() -> None:
-    server = Server()
-    server.run(5, accepted=100)
-    assert server.history.longest_wait_s() == 0
-    server.run(1, waiting=3)
-    server.run(4, waiting=3)
-    assert server.history.longest_wait_s() == 4
-    server.now_s += 0.5
-    assert server.history.longest_wait_s() == 4.5
-
-
-def test_a_queue_that_moves_is_no_long_wait_however_long_it_stands() -> None:
-    server = Server()
-    server.run(100, accepted=10, waiting=20)  # so each has waited for two seconds
-    assert server.history.longest_wait_s() == 1
-    server.run(1, waiting=0)
-    assert server.history.longest_wait_s() == 0
-
-
-def test_a_head_that_was_accepted_leaves_the_wait_of_the_next() -> None:
-    server = Server()
-    server.run(1, waiting=2)
-    server.run(3, waiting=2)
-    server.run(1, waiting=5)
-    server.run(2, waiting=5)
-    assert server.history.longest_wait_s() == 6
-    server.slots[0][CONNECTIONS_TOTAL] += 2
-    assert server.history.longest_wait_s() == 2
-    server.slots[0][CONNECTIONS_TOTAL] += 3
-    assert server.history.longest_wait_s() == 0
-
-
-def test_an_unmoved_queue_costs_no_memory_for_its_time() -> None:
-    server = Server()
-    server.run(10_000, waiting=7)
-    assert server.history.longest_wait_s() == 9_999
-    assert len(server.history._queue) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counter.options.client import ClientSettings
-from counter.options.parser import read_settings
+from counter.options.parser import read_settings, unknown_variables
 from counter.options.server import ServerSettings
 from counter.options.values import (
     LONGEST_S,
@@ -44,6 +45,9 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "port": (":9000", 9000, "9001"),
     "backlog": ("16", 16, "17"),
     "multiplier": ("3", 3, "4"),
+    "slice_s": ("20ms", 0.02, "3m"),
+    "max_connections": ("50,000", 50_000, "60000"),
+    "engine": ("Plain", "plain", "compiled"),
     "store": ("memory", StoreAddress("memory", "memory"), "elsewhere"),  # refused if not outdone
     "set_total": ("1,000", 1000, "2"),
     "force": ("true", True, "false"),
@@ -87,6 +91,7 @@ BESIDE: dict[tuple[type[Any], str], list[str]] = {
     (ServerSettings, "tls_key"): ["--tlsCert=server.pem"],
     (ServerSettings, "tls_client_ca"): ["--tlsCert=server.pem", "--tlsKey=server.key"],
     (ClientSettings, "tls_key"): ["--tlsCert=me.pem"],
+    (ServerSettings, "force"): ["--setTotal=1"],
 }
 
 ANY_TEXT = (
@@ -354,6 +359,77 @@ def test_variables_of_others_are_left_alone() -> None:
     ) == (ServerSettings())
 
 
+@pytest.mark.parametrize(
+    ("record", "name", "hint"),
+    [
+        (ServerSettings, "COUNTER_SERVER_PROT", "did you mean COUNTER_SERVER_PORT?"),
+        (ServerSettings, "COUNTER_SERVER_MAXCONNECTIONS", "mean COUNTER_SERVER_MAX_CONNECTIONS?"),
+        (ServerSettings, "COUNTER_SERVER_ADMINPORT", "did you mean COUNTER_SERVER_ADMIN_PORT?"),
+        (ServerSettings, "COUNTER_SERVER_THREADS", "server.py; --help lists all"),
+        (ClientSettings, "COUNTER_CLIENT_CONECTIONS", "did you mean COUNTER_CLIENT_CONNECTIONS?"),
+    ],
+)
+def test_a_misspelt_variable_is_worth_a_warning_with_the_nearest_name(
+    record: type[Any], name: str, hint: str
+) -> None:
+    (line,) = unknown_variables(record, {name: "redis://:secret@host", "PATH": "/bin"})
+    assert line.startswith(f"{name} is no variable of {PROGRAMS[record]}; ")
+    assert line.endswith(hint)
+    assert "secret" not in line
+
+
+@every_option
+def test_the_variable_of_an_option_is_worth_none(option: Option) -> None:
+    assert unknown_variables(option.record, {option.variable: "1"}) == []
+
+
+def test_what_kubernetes_sets_for_services_is_worth_none() -> None:
+    """For one called counter-server, and one called counter-server-admin, with a port named web."""
+    for service in ("COUNTER_SERVER", "COUNTER_SERVER_ADMIN"):
+        names = [
+            *("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_WEB", "PORT", "PORT_8080_TCP"),
+            *(f"PORT_8080_TCP_{what}" for what in ("PROTO", "PORT", "ADDR")),
+            "PORT_53_UDP",
+        ]
+        environment = {f"{service}_{name}": "10.0.0.7" for name in names}
+        assert unknown_variables(ServerSettings, environment) == []
+    assert unknown_variables(ServerSettings, {"COUNTER_SERVER_B_PORT": "tcp://10.0.0.7:80"}) == []
+
+
+def test_an_empty_variable_and_that_of_another_program_are_worth_none() -> None:
+    environment = {"COUNTER_SERVER_PROT": "", "COUNTER_CLIENT_PROT": "1", "COUNTER_PROT": "1"}
+    assert unknown_variables(ServerSettings, environment) == []
+
+
+def test_printed_settings_remark_on_a_misspelt_variable(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = read_printed(capsys, ServerSettings, ["--printConfig"], {"COUNTER_SERVER_PROT": "1"})
+    remark = "COUNTER_SERVER_PROT is no variable of server.py; did you mean COUNTER_SERVER_PORT?"
+    assert page.endswith(f"\n# {remark}\n")
+
+
+@pytest.mark.parametrize(
+    ("program", "prefix", "arguments"),
+    [
+        ("server.py", "COUNTER_SERVER_", ["--host=no.such.host.invalid"]),
+        ("client.py", "COUNTER_CLIENT_", ["--read", "--serverAddress=no.such.host.invalid:1"]),
+    ],
+)
+def test_a_command_logs_a_misspelt_variable_in_its_own_format(
+    program: str, prefix: str, arguments: list[str]
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, program, *arguments, "--logFormat=json"],
+        cwd=ROOT,
+        env=os.environ | {f"{prefix}PROCESES": "1"},
+        capture_output=True,
+    )
+    first = json.loads(ran.stderr.splitlines()[0])
+    assert (ran.returncode, first["level"]) == (1, "warning")
+    assert first["message"].endswith(f"did you mean {prefix}PROCESSES?")
+
+
 def test_arguments_and_environment_are_those_of_the_process_unless_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -412,6 +488,7 @@ def test_a_duration_has_a_unit_or_is_seconds(text: str, seconds: float) -> None:
 def test_what_is_no_duration_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = read_refusal(capsys, ClientSettings, [f"--warmup={text}"])
     assert f"argument --warmup: {text!r} is not a duration of 0ms to 8760h" in line
+    assert "write 500ms, 5s, 2m, 1h or plain seconds" in line
 
 
 @pytest.mark.parametrize("text", ["8760.1h", "31536000.001", "9" * 400, "9" * 5000 + "ms"])
@@ -424,7 +501,7 @@ def test_a_duration_of_more_than_a_year_is_refused(
     assert float(parse_seconds(0)("8760h")) == LONGEST_S
 
 
-@pytest.mark.parametrize("flag", ["--frameTimeout", "--writeTimeout"])
+@pytest.mark.parametrize("flag", ["--frameTimeout", "--writeTimeout", "--slice", "--idleTimeout"])
 @pytest.mark.parametrize("text", ["0", "0s", "0.9ms"])
 def test_a_deadline_of_nothing_is_refused(
     flag: str, text: str, capsys: pytest.CaptureFixture[str]
@@ -538,7 +615,8 @@ def test_a_server_address_is_read(text: str, address: Address) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("host", "the port is not a number"),
+        ("127.0.0.1", "the port is missing; write HOST:PORT"),
+        ("host", "the port is missing; write HOST:PORT"),
         ("::1:80", "write IPv6 in brackets"),
         ("host:65536", "the port is not a number of 0 to 65535"),
         ("host:0", "port 0 cannot be connected to"),
@@ -593,6 +671,46 @@ def test_processes_are_whole_cpus_and_never_more_than_workers(
 
 
 @pytest.mark.parametrize(
+    ("asked", "workers", "processes", "descriptors", "limit"),
+    [
+        (None, 40, 2, 20_000, 10_000),
+        (None, 40, 2, math.inf, 10_000),
+        (None, 12_000, 2, 20_000, 12_000),
+        (None, 40, 2, 1024, 1920),
+        (None, 40, 1, 1024, 960),
+        (None, 12_000, 2, 1024, 1920),
+        (100, 40, 2, 1024, 100),
+        (40, 40, 2, 1024, 40),
+        (100_000, 40, 2, 20_000, 39_872),
+        (100_000, 40, 2, math.inf, 100_000),
+        (None, 40, 2, 64, 2),
+        (None, 40, 3, 10, 3),
+    ],
+)
+def test_connections_are_ten_thousand_or_as_asked_and_never_more_than_descriptors_allow(
+    asked: int | None, workers: int, processes: int, descriptors: float, limit: int
+) -> None:
+    settings = ServerSettings(max_connections=asked)
+    assert settings.connection_limit(workers, processes, descriptors) == limit
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (None, None),
+        (40, None),
+        (10_000, None),
+        (39, "--maxConnections 39 is fewer than the 40 workers; raise it to 40 at least, or"),
+    ],
+)
+def test_connections_that_are_fewer_than_the_workers_are_refused_with_both_numbers(
+    asked: int | None, words: str | None
+) -> None:
+    problem = ServerSettings(max_connections=asked).too_few_connections(40)
+    assert problem is None if words is None else problem and words in problem
+
+
+@pytest.mark.parametrize(
     ("arguments", "planned_duration_s"),
     [
         ([], 60),
@@ -633,9 +751,15 @@ def test_a_run_that_nothing_bounds_is_planned_for_a_minute(
         (ServerSettings, ["--host= "], "argument --host: the host is empty; write 127.0.0.1"),
         (ServerSettings, ["--logLevel", "loud"], "is not one of debug, info, warning, error"),
         (ServerSettings, ["--logFormat", "xml"], "is not one of text, json"),
+        (ServerSettings, ["--engine", "c"], "'c' is not one of auto, compiled, plain"),
+        (ServerSettings, ["--maxConnections", "0"], "'0' is not a whole number of 1 to"),
         (ServerSettings, ["--store", "elsewhere"], "'elsewhere' is not a store"),
-        (ServerSettings, ["--config", "missing/file"], "missing/file"),
-        (ServerSettings, ["--config", "."], "config file: ."),
+        (
+            ServerSettings,
+            ["--config", "missing/file"],
+            "server.py: cannot read config file missing/file: No such file or directory; ",
+        ),
+        (ServerSettings, ["--config", "."], "server.py: cannot read config file .: Is a dir"),
         (ServerSettings, ["--config"], "argument --config: expected one argument"),
         (ClientSettings, ["--read=no!"], "argument --read: 'no!' is not one of true, yes, on, 1, "),
         (ClientSettings, ["--requests", "0"], "'0' is not a whole number of 1 to"),
@@ -662,7 +786,12 @@ def test_a_command_line_that_cannot_be_read_ends_in_one_line(
         (b"port = [1, 2]\n", "counter.conf, line 1: write it as key = value, without a list"),
         (b"port = 1\nstore = sqlite:a\0b\n", "counter.conf, line 2: it holds a zero byte"),
         (b"port\n", "'true' is not a whole number"),
-        (b"host = \xff\xfe\n", "counter.conf: 'utf-8' codec can't decode byte 0xff"),
+        (b"host = \xff\xfe\n", "counter.conf: it is no text in UTF-8 (byte 0xff is not)"),
+        (b"[server]\nport = 1\n", "counter.conf, line 1: there are no sections; write key = value"),
+        (b"--- server\n", "counter.conf, line 1: there are no sections; write key = value"),
+        (b"\nport 8099\n", "counter.conf, line 2: there is no = between key and value; write it"),
+        (b"--port 8099\n", "counter.conf, line 1: there is no = between key and value; write it"),
+        (b"force true  # all\n", "counter.conf, line 1: there is no = between key and value"),
     ],
 )
 def test_a_file_that_cannot_be_read_ends_in_one_line(
@@ -923,6 +1052,7 @@ def test_the_version_is_asked_for_on_the_command_line_alone(
         (ClientSettings, ["--add=0", "--read"], "--add and --read exclude each other; give one"),
         (ClientSettings, ["--tlsKey", "a.key"], "--tlsKey needs --tlsCert"),
         (ClientSettings, ["--tlsCA=a", "--tlsKey=b"], "--tlsKey needs --tlsCert"),
+        (ServerSettings, ["--force"], "--force needs --setTotal, without which it does nothing"),
     ],
 )
 def test_values_that_contradict_are_refused_and_can_be_printed(
@@ -952,6 +1082,8 @@ def test_a_contradiction_names_where_values_came_from_that_were_not_typed(
         (ClientSettings, ["--tlsCert=a", "--tlsKey=b"]),
         (ClientSettings, ["--tlsCert=a"]),
         (ClientSettings, ["--add=1", "--read=false"]),
+        (ServerSettings, ["--force", "--setTotal=0"]),
+        (ServerSettings, ["--force=false"]),
     ],
 )
 def test_values_that_go_together_are_taken(record: type[Any], arguments: list[str]) -> None:
@@ -962,10 +1094,16 @@ def test_values_that_go_together_are_taken(record: type[Any], arguments: list[st
 
 
 @pytest.mark.parametrize(
-    "flags", [["--json=-"], ["--html=x"], ["--hgrm=x"], ["--verify"], ["--threshold=rps>1"]]
+    "flags",
+    [
+        *(["--json=-"], ["--html=x"], ["--hgrm=x"], ["--verify"], ["--threshold=rps>1"]),
+        *(["--duration", "3s"], ["--rate=5"], ["--requests=7"], ["--connections=2"]),
+        *(["--multiplier=1"], ["--processes=1"], ["--pipeline=2"], ["--warmup=0"], ["--amount=2"]),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("what", [["--read"], ["--add", "1"]])
-def test_a_report_of_one_addition_is_refused(
+def test_a_load_or_report_of_one_addition_is_refused(
     what: list[str], flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     flag = flags[0].partition("=")[0]
@@ -973,8 +1111,15 @@ def test_a_report_of_one_addition_is_refused(
     assert f"{flag} needs a load; --add and --read make none" in line
 
 
-def test_a_report_that_the_environment_asks_of_every_load_does_not_hinder_a_read() -> None:
+def test_what_the_environment_asks_of_every_load_does_not_hinder_a_read(tmp_path: Path) -> None:
     assert read_client("--read", COUNTER_CLIENT_JSON="run.json").json == "run.json"
+    assert read_client("--read", COUNTER_CLIENT_DURATION="3s").duration_s == 3
+    path = write_config(tmp_path, "rate = 5")
+    assert read_client("--add=1", "--config", path).rate == 5
+
+
+def test_a_force_that_is_set_for_every_start_does_not_hinder_one_without_a_total() -> None:
+    assert read_server(COUNTER_SERVER_FORCE="true").force is True
 
 
 # Standard output that cannot be written

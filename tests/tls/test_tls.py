@@ -800,7 +800,8 @@ def test_certificates_are_renewed_although_descriptors_had_run_out(
     files = Pair(tmp_path / "server.crt", tmp_path / "server.key")
     install(certs.server, files)
     flags = ("--processes", "1", *files.server_flags())
-    with ServerCommand(*flags, workers=200, descriptors=60) as server, ExitStack() as stack:
+    with ServerCommand(*flags, workers=200) as server, ExitStack() as stack:
+        server.leave_descriptors(40)
         opened = [stack.enter_context(Peer(server.address)) for _ in range(60)]
         server.error_line_with("cannot accept connections: Too many open files")
         renewed = certs.issue("localhost")
