@@ -44,6 +44,7 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "port": (":9000", 9000, "9001"),
     "backlog": ("16", 16, "17"),
     "multiplier": ("3", 3, "4"),
+    "engine": ("Plain", "plain", "compiled"),
     "store": ("memory", StoreAddress("memory", "memory"), "elsewhere"),  # refused if not outdone
     "set_total": ("1,000", 1000, "2"),
     "force": ("true", True, "false"),
