@@ -1,7 +1,8 @@
 """One connection of the load: keeps frames in flight, checks and times each reply.
 
-It is served by callbacks of gevent's loop, as in the server; only open() waits. It asks of its
-process what Generator declares, and counts into the process's Meter.
+It is served by turns of its engine, as in the server; only open() waits. It asks of its process
+what Generator declares, and counts into the process's Meter. While it waits for nothing but replies
+the engine may have what is in flight: hand_over() gives it away, take_back() has it again.
 
 What it always checks: each total is the one before plus at least its own amount. That holds while
 all that is sent in the run sums below 2^63; beyond that a rise cannot be told from a fall modulo
@@ -132,8 +133,13 @@ class LoadConnection:
 
     def open(self) -> None:
         """Connects; waits. OSError of the last address if none can be connected to."""
-        self._sock, self._session = self._generator.dialler.connect()
-        self._engine.watch(self._sock.fileno(), self)
+        sock, session = self._generator.dialler.connect()
+        try:
+            self._engine.watch(sock.fileno(), self)
+        except OSError:
+            sock.close()
+            raise
+        self._sock, self._session = sock, session
 
     def send(self, batch: Batch, due_ns: int = 0) -> None:
         """Sends frames of these amounts, due at `due_ns` or now; keeps what the kernel refuses."""
@@ -183,23 +189,23 @@ class LoadConnection:
         return True
 
     def left_unsent(self, size: int) -> None:
-        """Sends the last `size` bytes of what is in flight as soon as the kernel takes them."""
+        """Has the last `size` bytes of what is in flight, frames of the usual amount, sent as soon
+        as the kernel takes them."""
         self._keep((self._lone_frame * (size // REQUEST_SIZE + 1))[-size:])
 
     def hand_over(self, most: int) -> Account | None:
-        """Gives away what is in flight, in so many bursts at most; None if it is waiting for more
-        than replies, or for none."""
-        if self._rest or self._unsent or self._last_total < 0 or len(self._in_flight) > most:
-            return None
+        """Gives away what is in flight, in so many bursts at most; None where it is more, or where
+        anything but its replies is waited for, or no total is there to hold them against."""
         bursts = [(sent_ns, len(batch)) for _, sent_ns, batch in self._in_flight]
-        if not bursts:
+        is_steady = self._last_total >= 0 and not self._rest and not self._unsent
+        if not is_steady or not 0 < len(bursts) <= most:
             return None
         self._in_flight.clear()
         self._is_lone = False
         return self._last_total, bursts
 
     def take_back(self, account: Account) -> None:
-        """Has this in flight again."""
+        """Has this in flight again, frames of the usual amount."""
         self._last_total, bursts = account
         for sent_ns, count in bursts:
             self._in_flight.append((sent_ns, sent_ns, self._draw.batch(count)))

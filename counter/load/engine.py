@@ -40,7 +40,7 @@ class Served(Protocol):
 
     def hand_over(self, most: int) -> Account | None:
         """Gives away what is in flight, in so many bursts at most; None where it is more, or where
-        anything but their replies is waited for."""
+        anything but its replies is waited for, or no total is there to hold them against."""
 
     def take_back(self, account: Account) -> None:
         """Has this in flight again."""

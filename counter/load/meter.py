@@ -88,8 +88,8 @@ class Meter:
         self.measure(due_ns, sent_ns, now, len(batch))
 
     def exchanged(self, answered: int, sent: int) -> None:
-        """So many single frames of the usual amount were answered, each of which measure() was told
-        of, and so many are sent again."""
+        """So many frames of the usual amount were answered, of which measure() or measured() was
+        told, and so many are sent again."""
         self.result.answered += answered
         self.result.answered_sum += answered * self._amount
         self.result.sent += sent

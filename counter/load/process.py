@@ -2,7 +2,7 @@
 
 It says when what is sent: at once in a closed loop, when it is due in an open one, and how the run
 begins and ends. What a connection does is connection.py's, what is counted meter.py's; everything
-here but opening connections is a callback of gevent's loop.
+here but opening connections is a callback of gevent's loop. Its engine serves the connections.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import gevent
 from gevent.event import Event
+from gevent.pool import Group
 
 from counter.load.connection import LoadConnection
 from counter.load.dial import Dialler
@@ -51,6 +52,7 @@ class LoadProcess:
         self._stopped_ns = 0
         self._is_cut = False  # replies in flight are not waited for
         self._done = Event()
+        self._reopening = Group()  # of lost connections
         self._pace = Pace(self.loop, self, share.rate) if share.rate else None
         # In a closed loop without TLS or a bound, nothing has to be asked between two frames.
         self._is_simple = not (share.rate or self.dialler.encrypts or share.requests)
@@ -129,7 +131,8 @@ class LoadProcess:
         self._is_cut = True
 
     def close(self) -> None:
-        """Closes every connection."""
+        """Closes every connection, and opens none any more; waits a moment."""
+        self._reopening.kill()
         self.engine.recall(NEVER)
         for connection in self.connections:
             connection.close()
@@ -204,7 +207,7 @@ class LoadProcess:
                 self.refill(connection, self._settings.pipeline)
                 return
 
-        gevent.spawn(attempt)
+        self._reopening.spawn(attempt)
 
     def _sweep(self) -> None:
         late_before = self._sweeps.note(clock())

@@ -153,7 +153,6 @@ def playing(
             process.refill(connection, settings.pipeline)
         yield play
     finally:
-        process.stop()
         process.close()
         for peer in play.peers:
             peer.close()
