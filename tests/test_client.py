@@ -30,7 +30,10 @@ from kit.harness import (
     run_in_terminal,
     wait_until,
 )
+from kit.played import engine, needs
 from protocol import encode_total
+
+__all__ = ["engine"]
 
 
 def client(address: str, *arguments: str) -> Command:
@@ -79,19 +82,63 @@ def test_every_kind_of_load_is_counted_exactly(arguments: list[str]) -> None:
         assert "check     ok: the total grew by exactly" in shown
 
 
-def test_requests_bound_a_run_exactly(tmp_path: Path) -> None:
+def test_requests_bound_a_run_exactly(engine: str, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     with ServerCommand() as server:
         code, shown = run_client(
-            server.address, "--requests", "5001", "--warmup", "0", "--json", str(file)
+            *(server.address, "--requests", "5001", "--warmup", "0", "--json", str(file)),
+            *("--engine", engine),
         )
         assert code == 0, shown
         result = json.loads(file.read_text())
         assert result["version"] == 1
         assert result["measured"] == 5001
         assert result["answered"] == result["sent"] == 5003
+        assert result["engine"] == engine
         assert result["latency_ns"]["p50"] <= result["latency_ns"]["p99"]
         assert server.stop() == (5001, 5003)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "engine"),
+    [
+        ([], "compiled"),
+        (["--pipeline", "16", "--amount", "7"], "compiled"),
+        (["--engine", "plain"], "plain"),
+        (["--rate", "2000"], "plain"),
+        (["--engine", "compiled", "--amount", "1-2"], "plain"),
+    ],
+)
+def test_the_report_says_what_served_the_connections(
+    arguments: list[str], engine: str, tmp_path: Path
+) -> None:
+    needs(engine)
+    file = tmp_path / "result.json"
+    with ServerCommand() as server:
+        bounds = ("--requests", "200", "--warmup", "0", "--json", str(file))
+        code, shown = run_client(server.address, *bounds, *arguments)
+        assert code == 0, shown
+        assert json.loads(file.read_text())["engine"] == engine
+
+
+def test_an_engine_that_is_not_there_is_a_usage_error_with_the_remedy() -> None:
+    code = """
+import sys
+import client
+from counter.turn import library
+library.NAME = "no_such_library"
+sys.exit(client.main(["--engine", sys.argv[1], "--serverAddress", sys.argv[2]]))
+"""
+    with ServerCommand() as server:
+        ran = subprocess.run(
+            [sys.executable, "-c", code, "compiled", server.address],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 2
+        why = "it is not installed; pip install -r requirements.txt builds it"
+        assert ran.stderr == f"client.py: --engine compiled: {why}\n"
 
 
 def test_json_on_standard_output_leaves_the_table_to_standard_error() -> None:
@@ -176,9 +223,10 @@ def test_usage_errors_are_exit_2_and_one_line() -> None:
         assert shown.count("\n") == 1, shown
 
 
-def test_a_server_that_dies_in_mid_run_is_errors_and_a_report() -> None:
+def test_a_server_that_dies_in_mid_run_is_errors_and_a_report(engine: str) -> None:
     with ServerCommand() as server:
-        with client(server.address, "--duration", "3s", "--warmup", "0") as command:
+        arguments = ("--duration", "2s", "--warmup", "0", "--engine", engine)
+        with client(server.address, *arguments) as command:
             wait_for_load(server)
             server.signal(signal.SIGKILL)
             assert command.finish() == 5
@@ -571,7 +619,7 @@ def test_ctrl_c_in_a_terminal_is_one_signal_and_still_reports() -> None:
 
 
 @pytest.mark.parametrize("last", ["a further request follows", "it is the last reply"])
-def test_a_load_that_stood_still_takes_what_came_meanwhile(last: str) -> None:
+def test_a_load_that_stood_still_takes_what_came_meanwhile(last: str, engine: str) -> None:
     """SIGSTOP, Ctrl-Z and fg, docker pause: the reply lies in the socket when the time is over."""
     asked, stopped = threading.Event(), threading.Event()
     answered = itertools.count()
@@ -587,7 +635,8 @@ def test_a_load_that_stood_still_takes_what_came_meanwhile(last: str) -> None:
     requests = 20 if last.startswith("it") else 40
     with ScriptedServer(script) as server:
         arguments = ("--connections", "1", "--requests", str(requests), "--warmup", "0")
-        with client(server.address, *arguments, "--timeout", "500ms") as command:
+        more = ("--timeout", "500ms", "--engine", engine)
+        with client(server.address, *arguments, *more) as command:
             assert asked.wait(20)
             (load,) = children(command.process.pid)
             os.kill(load, signal.SIGSTOP)

@@ -1,7 +1,8 @@
 """One connection of the load: keeps frames in flight, checks and times each reply.
 
-It is served by callbacks of gevent's loop, as in the server; only open() waits. It asks of its
-process what Generator declares, and counts into the process's Meter.
+It is served by turns of its engine, as in the server; only open() waits. It asks of its process
+what Generator declares, and counts into the process's Meter. While it waits for nothing but replies
+the engine may have what is in flight: hand_over() gives it away, take_back() has it again.
 
 What it always checks: each total is the one before plus at least its own amount. That holds while
 all that is sent in the run sums below 2^63; beyond that a rise cannot be told from a fall modulo
@@ -14,14 +15,15 @@ import _socket
 import errno
 from collections import deque
 from time import monotonic_ns as clock
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from counter.load.dial import LARGE_READ, Dialler
 from counter.load.draw import Draw, split_batch
+from counter.load.engine import Account, Engine
 from counter.load.meter import Meter
 from counter.load.patience import is_ready
 from counter.results.result import CHECKABLE_SUM
-from counter.system.libev import READ, WRITE
+from counter.system.libev import READ
 from counter.tls.session import Session, TlsError
 from protocol import REPLY_SIZE, REQUEST_SIZE, TOTAL_MASK, Batch, decode_totals
 
@@ -41,7 +43,7 @@ Burst = tuple[int, int, Batch]
 class Generator(Protocol):
     """What a connection may ask of the process that it is part of."""
 
-    loop: Any
+    engine: Engine
     dialler: Dialler
     draw: Draw
     meter: Meter
@@ -64,6 +66,7 @@ class LoadConnection:
         "_amount",
         "_answered_lone",
         "_draw",
+        "_engine",
         "_generator",
         "_in_flight",
         "_is_lone",
@@ -71,14 +74,13 @@ class LoadConnection:
         "_lone",
         "_lone_frame",
         "_meter",
-        "_reading",
         "_ready",
         "_rest",
         "_session",
         "_sock",
         "_unsent",
-        "_writing",
         "epoch",
+        "number",
     )
 
     def __init__(self, generator: Generator) -> None:
@@ -93,8 +95,7 @@ class LoadConnection:
         self._lone, self._lone_frame = generator.draw.lone, generator.draw.lone_frame
         self._sock: _socket.socket | None = None
         self._session: Session | None = None  # under TLS
-        self._reading: Any = None
-        self._writing: Any = None
+        self._engine = generator.engine
         self._rest = b""
         self._unsent = b""
         self._last_total = -1  # none yet
@@ -103,6 +104,7 @@ class LoadConnection:
         # its reply can be held against.
         self._is_lone = False
         self.epoch = 0
+        self.number = 0  # in the recording
 
     @property
     def is_open(self) -> bool:
@@ -131,11 +133,13 @@ class LoadConnection:
 
     def open(self) -> None:
         """Connects; waits. OSError of the last address if none can be connected to."""
-        self._sock, self._session = self._generator.dialler.connect()
-        loop = self._generator.loop
-        self._reading = loop.io(self._sock.fileno(), READ)
-        self._writing = loop.io(self._sock.fileno(), WRITE)
-        self._reading.start(self.on_readable)
+        sock, session = self._generator.dialler.connect()
+        try:
+            self._engine.watch(sock.fileno(), self)
+        except OSError:
+            sock.close()
+            raise
+        self._sock, self._session = sock, session
 
     def send(self, batch: Batch, due_ns: int = 0) -> None:
         """Sends frames of these amounts, due at `due_ns` or now; keeps what the kernel refuses."""
@@ -184,10 +188,33 @@ class LoadConnection:
             self._keep(frame[sent:])
         return True
 
+    def left_unsent(self, size: int) -> None:
+        """Has the last `size` bytes of what is in flight, frames of the usual amount, sent as soon
+        as the kernel takes them."""
+        self._keep((self._lone_frame * (size // REQUEST_SIZE + 1))[-size:])
+
+    def hand_over(self, most: int) -> Account | None:
+        """Gives away what is in flight, in so many bursts at most; None where it is more, or where
+        anything but its replies is waited for, or no total is there to hold them against."""
+        bursts = [(sent_ns, len(batch)) for _, sent_ns, batch in self._in_flight]
+        is_steady = self._last_total >= 0 and not self._rest and not self._unsent
+        if not is_steady or not 0 < len(bursts) <= most:
+            return None
+        self._in_flight.clear()
+        self._is_lone = False
+        return self._last_total, bursts
+
+    def take_back(self, account: Account) -> None:
+        """Has this in flight again, frames of the usual amount."""
+        self._last_total, bursts = account
+        for sent_ns, count in bursts:
+            self._in_flight.append((sent_ns, sent_ns, self._draw.batch(count)))
+
     def _keep(self, frames: bytes) -> None:
         """Has these sent as soon as the kernel takes more."""
         if not self._unsent:
-            self._writing.start(self.on_writable)
+            assert self._sock is not None
+            self._engine.watch_room(self._sock.fileno(), True)
         self._unsent += frames
 
     def on_writable(self) -> None:
@@ -201,7 +228,7 @@ class LoadConnection:
             self.lose(error)
             return
         if not self._unsent:
-            self._writing.stop()
+            self._engine.watch_room(self._sock.fileno(), False)
 
     def on_readable(self) -> None:
         """Takes the replies that have arrived and has as many frames sent again."""
@@ -233,6 +260,10 @@ class LoadConnection:
                 self._answered_lone(due_ns, sent_ns, now, 1)
                 self._ready.append(self)
                 return
+        self.received(data, now)
+
+    def received(self, data: bytes, now: int) -> None:
+        """Takes what was read at `now`; nothing: the end."""
         if data:
             self.take(self._rest + data, now)
         else:
@@ -300,7 +331,6 @@ class LoadConnection:
         self._rest = self._unsent = b""
         if self._sock is not None:
             self.epoch += 1
-            self._reading.close()
-            self._writing.close()
+            self._engine.forget(self._sock.fileno())
             self._sock.close()
             self._sock = None

@@ -8,6 +8,7 @@ when its reply is read.
 from __future__ import annotations
 
 import time
+from array import array
 from time import monotonic_ns as clock
 from typing import Final
 
@@ -29,14 +30,14 @@ class Meter:
         self._is_open_loop = bool(share.rate)
         self._latencies = self.result.latencies
         self._sent_sum = 0
-        self._measure_from_ns = NEVER
+        self.measure_from_ns = NEVER
         self._last_reply_ns = 0
         self._cpu_from_s = 0.0
         self._sampler = Sampler([], 0, None)
 
     def start(self, measure_from_ns: int, duration_s: float | None) -> float:
         """Begins the run; the seconds after which tick() is due, again and again."""
-        self._measure_from_ns = self._last_reply_ns = measure_from_ns
+        self.measure_from_ns = self._last_reply_ns = measure_from_ns
         self._sampler = Sampler(self.result.latencies.counts, measure_from_ns, duration_s)
         self.count_from_here()
         return self._sampler.interval_s
@@ -57,7 +58,7 @@ class Meter:
 
     def finish(self, behind: int) -> None:
         """Ends the account; `behind` requests were due and not sent."""
-        elapsed_s = (self._last_reply_ns - self._measure_from_ns) / 1e9
+        elapsed_s = (self._last_reply_ns - self.measure_from_ns) / 1e9
         result = self.result
         result.timeline = self._sampler.finish(self._last_reply_ns, self._errors())
         result.behind = behind
@@ -71,8 +72,8 @@ class Meter:
 
     def so_far(self) -> Result:
         """What was done until now."""
-        if self._measure_from_ns != NEVER:
-            self.result.elapsed_s = max(0, clock() - self._measure_from_ns) / 1e9
+        if self.measure_from_ns != NEVER:
+            self.result.elapsed_s = max(0, clock() - self.measure_from_ns) / 1e9
         return self.result
 
     def sent(self, batch: Batch) -> None:
@@ -86,9 +87,9 @@ class Meter:
         self.result.answered_sum += batch.sum()
         self.measure(due_ns, sent_ns, now, len(batch))
 
-    def exchanged_lone(self, answered: int, sent: int) -> None:
-        """So many single frames of the usual amount were answered, each of which measure() was told
-        of, and so many are sent again."""
+    def exchanged(self, answered: int, sent: int) -> None:
+        """So many frames of the usual amount were answered, of which measure() or measured() was
+        told, and so many are sent again."""
         self.result.answered += answered
         self.result.answered_sum += answered * self._amount
         self.result.sent += sent
@@ -96,11 +97,18 @@ class Meter:
 
     def measure(self, due_ns: int, sent_ns: int, now: int, count: int) -> None:
         """Takes the latency of `count` requests that were sent and answered together."""
-        if due_ns >= self._measure_from_ns:
+        if due_ns >= self.measure_from_ns:
             self._latencies.count(now - due_ns, count)
             if self._is_open_loop:
                 self.result.raw_latencies.count(now - sent_ns, count)
             self._last_reply_ns = now
+
+    def measured(self, sum_ns: int, longest_ns: int, now: int) -> None:
+        """Takes the latencies of a closed loop whose buckets were counted already: their sum, the
+        longest, and when the last reply was read."""
+        self._latencies.sum_ns += sum_ns
+        self._latencies.max_ns = max(self._latencies.max_ns, longest_ns)
+        self._last_reply_ns = now
 
     def unknown(self, batch: Batch) -> None:
         """The connection was lost before these were answered."""
@@ -116,6 +124,15 @@ class Meter:
         self.result.wrong += 1
         if len(self.result.wrong_examples) < WRONG_KEPT:
             self.result.wrong_examples.append(what)
+
+    def buckets(self) -> array[int]:
+        """The buckets of the latencies, for others to count into; asked for before start()."""
+        return self._latencies.share_buckets()
+
+    def checkable_requests(self) -> int:
+        """How many more requests of the usual amount can be sent with rises still checkable."""
+        left = CHECKABLE_SUM // self._processes - 1 - self._sent_sum
+        return left // self._amount if self._amount else CHECKABLE_SUM - 1
 
     def rises_are_checkable(self) -> bool:
         """Whether what all processes sent is sure to sum below 2^63."""

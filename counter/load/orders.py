@@ -33,7 +33,7 @@ def live(share: Share, pipe: PipeEnd, is_first: bool, recording: Recording | Non
     try:
         try:
             choose_libev()
-            process = LoadProcess(share, recording.connection) if recording else LoadProcess(share)
+            process = LoadProcess(share, recording)
             orders = _Orders(process, pipe)
             total_before = process.read_total() if is_first else None
         except (OSError, EOFError) as error:

@@ -2,23 +2,25 @@
 
 It says when what is sent: at once in a closed loop, when it is due in an open one, and how the run
 begins and ends. What a connection does is connection.py's, what is counted meter.py's; everything
-here but opening connections is a callback of gevent's loop.
+here but opening connections is a callback of gevent's loop. Its engine serves the connections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import monotonic_ns as clock
 from typing import Any, Final
 
 import gevent
 from gevent.event import Event
+from gevent.pool import Group
 
 from counter.load.connection import LoadConnection
 from counter.load.dial import Dialler
 from counter.load.draw import Draw
-from counter.load.meter import Meter
+from counter.load.engines import make_engine
+from counter.load.meter import NEVER, Meter
 from counter.load.patience import Sweeps
+from counter.load.recording import Recording
 from counter.load.schedule import Pace, Slot
 from counter.load.share import Share
 from counter.results.result import Result
@@ -30,16 +32,18 @@ LOOK_S: Final = 0.002  # between looks whether the last replies have come
 class LoadProcess:
     """The Generator that connections ask, and whoever orders the run about.
 
-    `make` makes a connection; a run that is to be proved makes some that record what they do.
+    A run that is to be proved is written to its `recording`.
     """
 
-    def __init__(
-        self, share: Share, make: Callable[[LoadProcess], LoadConnection] = LoadConnection
-    ) -> None:
+    def __init__(self, share: Share, recording: Recording | None = None) -> None:
         self.loop: Any = gevent.get_hub().loop
         self.dialler, self.draw, self.meter = Dialler(share), Draw(share.settings), Meter(share)
+        self.engine = make_engine(
+            share.engine, self.loop, self, share.settings.amount.low, recording
+        )
         self.ready: list[LoadConnection] = []
         self.sending = False
+        make = LoadConnection if recording is None else recording.connection
         self.connections = [make(self) for _ in range(share.connections)]
         self._settings = share.settings
         self._sweeps = Sweeps(share.settings.timeout_s)
@@ -48,11 +52,10 @@ class LoadProcess:
         self._stopped_ns = 0
         self._is_cut = False  # replies in flight are not waited for
         self._done = Event()
+        self._reopening = Group()  # of lost connections
         self._pace = Pace(self.loop, self, share.rate) if share.rate else None
         # In a closed loop without TLS or a bound, nothing has to be asked between two frames.
         self._is_simple = not (share.rate or self.dialler.encrypts or share.requests)
-        self._before_waiting = self.loop.prepare()
-        self._before_waiting.start(self.end_turn)
 
     @property
     def result(self) -> Result:
@@ -90,7 +93,6 @@ class LoadProcess:
             self.refill(connection, self._settings.pipeline)
         self._done.wait()
         gevent.spawn(self._join_outstanding).join()
-        self.end_turn()  # that has read the last reply
         for timer in timers:
             timer.close()
         behind = 0
@@ -119,6 +121,7 @@ class LoadProcess:
     def stop(self) -> None:
         """No further request is sent."""
         self.sending = False
+        self.engine.recall(NEVER)
         self._stopped_ns = clock()
         self.meter.stop(self._stopped_ns)
         self._done.set()
@@ -128,9 +131,12 @@ class LoadProcess:
         self._is_cut = True
 
     def close(self) -> None:
-        """Closes every connection."""
+        """Closes every connection, and opens none any more; waits a moment."""
+        self._reopening.kill()
+        self.engine.recall(NEVER)
         for connection in self.connections:
             connection.close()
+        self.engine.close()
 
     def refill(self, connection: LoadConnection, count: int) -> None:
         """Has `count` further requests sent: now, or, in an open loop, when they are due."""
@@ -159,6 +165,18 @@ class LoadProcess:
                 self.stop()
         return count
 
+    def allowance(self) -> int:
+        """How many requests may be sent before somebody has to decide."""
+        checkable = self.meter.checkable_requests()
+        if self._requests_left is None:
+            return checkable
+        return min(checkable, self._requests_left)
+
+    def spend(self, requests: int) -> None:
+        """So many requests of the measured part were sent."""
+        if self._requests_left is not None:
+            self._requests_left -= requests
+
     def end_turn(self) -> None:
         """Counts the replies to lone frames that were read in this turn, and sends as many again.
 
@@ -173,7 +191,7 @@ class LoadProcess:
         else:
             for connection in self.ready:
                 self.refill(connection, 1)
-        self.meter.exchanged_lone(len(self.ready), sent)
+        self.meter.exchanged(len(self.ready), sent)
         self.ready.clear()
 
     def reopen(self, connection: LoadConnection) -> None:
@@ -189,13 +207,15 @@ class LoadProcess:
                 self.refill(connection, self._settings.pipeline)
                 return
 
-        gevent.spawn(attempt)
+        self._reopening.spawn(attempt)
 
     def _sweep(self) -> None:
         late_before = self._sweeps.note(clock())
+        self.engine.recall(late_before)
         for connection in self.connections:
             if connection.is_overdue(late_before):
                 connection.judge(late_before)
+        self.end_turn()
 
     def _join_outstanding(self) -> None:
         """Waits for the replies in flight, until cut; the sweep ends those that do not come."""

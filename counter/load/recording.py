@@ -93,6 +93,15 @@ class Recording:
         self.totals.waiting += replies
         if batch is not None:
             self.amounts.waiting += array("Q", batch.amounts)
+        self._write_much()
+
+    def append(self, bursts: Any, totals: Any) -> None:
+        """Records additions of one amount that are in the form of the tapes already: bytes."""
+        self.bursts.waiting += bursts
+        self.totals.waiting += totals
+        self._write_much()
+
+    def _write_much(self) -> None:
         if len(self.bursts.waiting) >= WRITE_BYTES or len(self.totals.waiting) >= WRITE_BYTES:
             self.write()
 
@@ -115,12 +124,12 @@ class Recording:
 class RecordedConnection(LoadConnection):
     """A LoadConnection that records what it does; a run without a proof has none of it."""
 
-    __slots__ = ("_number", "_recording")
+    __slots__ = ("_recording",)
 
     def __init__(self, generator: Generator, recording: Recording, number: int) -> None:
         super().__init__(generator)
         self._recording = recording
-        self._number = number
+        self.number = number
         self._answered_lone = self._record_lone
 
     def _record_lone(self, due_ns: int, sent_ns: int, now: int, count: int) -> None:
@@ -131,12 +140,12 @@ class RecordedConnection(LoadConnection):
         """
         self._meter.measure(due_ns, sent_ns, now, count)
         total = _TOTAL.pack(self._last_total)
-        self._recording.answered(self._number, sent_ns, clock(), count, total, None)
+        self._recording.answered(self.number, sent_ns, clock(), count, total, None)
 
     def settle(self, due_ns: int, sent_ns: int, now: int, batch: Batch, replies: bytes) -> None:
         LoadConnection.settle(self, due_ns, sent_ns, now, batch, replies)
         mixed = batch if self._recording.amount is None else None
-        self._recording.answered(self._number, sent_ns, now, len(batch), replies, mixed)
+        self._recording.answered(self.number, sent_ns, now, len(batch), replies, mixed)
 
     def close(self) -> None:
         for _, sent_ns, batch in self._in_flight:

@@ -19,6 +19,7 @@ from tempfile import gettempdir
 from types import FrameType
 from typing import Any, Final
 
+from counter.load.engines import choose
 from counter.load.orders import PROGRESS_S, live
 from counter.load.recording import Recording, history
 from counter.load.share import Share, resolve, split
@@ -28,6 +29,7 @@ from counter.proof.verify import verify
 from counter.results.result import PROCESS_DIED, Result, merged
 from counter.system.limits import spare_threads
 from counter.system.signals import WakePipe, blocked, handled
+from counter.turn.library import EngineMissing
 
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -58,8 +60,9 @@ def run_load(
     proof if it has begun.
     """
     spare_threads()
+    engine = choose_engine(settings)
     addresses = resolve(settings.server_address.host, settings.server_address.port)
-    shares = split(settings, cpus, addresses)
+    shares = split(settings, cpus, addresses, engine)
     recordings = make_recordings(settings, len(shares))
     with _Interrupts() as interrupts:
         run = _Run(shares, interrupts, recordings, on_interrupt)
@@ -71,6 +74,14 @@ def run_load(
         # Only now, because NumPy may start threads, and a process with threads does not fork.
         result.proof = prove(result, recordings, settings.verify == "shared")
     return result
+
+
+def choose_engine(settings: ClientSettings) -> str:
+    """The name of the engine that serves this run; CannotBegin where it is not there."""
+    try:
+        return choose(settings)
+    except EngineMissing as error:
+        raise CannotBegin(f"--engine {settings.engine}: {error}") from None
 
 
 def make_recordings(settings: ClientSettings, count: int) -> list[Recording]:
@@ -153,6 +164,7 @@ class _Run:
         result.interrupted, result.cut = self.stopped, self.cut
         result.asked_rate = self.shares[0].settings.rate
         result.processes = len(self.shares)
+        result.engine = self.shares[0].engine
         return result
 
     def fork(self, share: Share) -> PipeEnd:

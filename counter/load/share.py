@@ -27,6 +27,7 @@ class Share:
     requests: int | None
     rate: float  # requests a second, 0 for a closed loop
     processes: int
+    engine: str  # as engines.py names them
 
 
 def resolve(host: str, port: int) -> tuple[SocketAddress, ...]:
@@ -36,7 +37,7 @@ def resolve(host: str, port: int) -> tuple[SocketAddress, ...]:
 
 
 def split(
-    settings: ClientSettings, cpus: float, addresses: tuple[SocketAddress, ...]
+    settings: ClientSettings, cpus: float, addresses: tuple[SocketAddress, ...], engine: str
 ) -> list[Share]:
     """Each process's share of the run."""
     connections = settings.connections or whole_share(cpus, settings.multiplier)
@@ -46,6 +47,6 @@ def split(
     if settings.requests is not None:
         requests = [*split_evenly(settings.requests, processes)]
     return [
-        Share(settings, addresses, own, due, settings.rate / processes, processes)
+        Share(settings, addresses, own, due, settings.rate / processes, processes, engine)
         for own, due in zip(split_evenly(connections, processes), requests, strict=True)
     ]

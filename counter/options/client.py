@@ -155,6 +155,15 @@ class ClientSettings(Settings):
         parse=parse_whole(1, 1024),
         shown_default="one per whole CPU",
     )
+    engine: str = option(
+        "--engine",
+        _LOAD,
+        "what receives and sends: compiled (C), plain (Python), or auto, the first that is there; "
+        "TLS, --rate and amounts that are drawn take the plain one in any case",
+        default="auto",
+        parse=parse_choice("auto", "compiled", "plain"),
+        metavar="ENGINE",
+    )
     add: int | None = option("--add", _ONCE, "add N once and print the total", parse=parse_whole(0))
     read: bool = option(
         "--read",

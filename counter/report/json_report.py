@@ -34,6 +34,7 @@ def as_json(result: Result, settings: ClientSettings, outcomes: Sequence[Outcome
             "machine": platform.platform(),
             "connections": result.connections,
             "processes": result.processes,
+            "engine": result.engine,
             "interrupted": result.interrupted,
             "sent": result.sent,
             "answered": result.answered,

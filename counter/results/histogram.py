@@ -6,7 +6,8 @@ Pure: no clock. Percentiles are computed when somebody asks, and never kept: the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, MutableSequence
 from fractions import Fraction
 from typing import Final
 
@@ -22,7 +23,7 @@ class Histogram:
     BITS: Final = 7
 
     def __init__(self) -> None:
-        self.counts = [0] * ((43 - self.BITS) << self.BITS)
+        self.counts: MutableSequence[int] = [0] * ((43 - self.BITS) << self.BITS)
         self.max_ns = 0
         self.sum_ns = 0
 
@@ -36,6 +37,11 @@ class Histogram:
         self.sum_ns += time_ns * requests
         if time_ns > self.max_ns:
             self.max_ns = time_ns
+
+    def share_buckets(self) -> array[int]:
+        """Has the buckets in an array of uint64, for others to count into; gives it back."""
+        self.counts = shared = array("Q", self.counts)
+        return shared
 
     def merge(self, other: Histogram) -> None:
         """Adds the requests of another histogram to this one."""

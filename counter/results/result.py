@@ -54,6 +54,7 @@ class Result:
     total_after: int | None = None
     connections: int = 0
     processes: int = 1
+    engine: str = ""  # that served the connections
     cpu_share: float = 0.0  # of the busiest process, of one core, over the measured part
     interrupted: bool = False
     cut: bool = False  # a second interrupt: what was in flight then was not waited for
@@ -65,8 +66,8 @@ class Result:
     def merge(self, other: Result) -> None:
         """Adds what another process of the same run did.
 
-        Totals, `processes`, `interrupted`, `cut` and `proof` are the run's own: whoever merges sets
-        them.
+        Totals, `processes`, `engine`, `interrupted`, `cut` and `proof` are the run's own: whoever
+        merges sets them.
         """
         for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(other, name))

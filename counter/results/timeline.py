@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 # As many points as a chart can show. A run without a planned end has its intervals doubled
 # whenever there are more, so that no run needs more memory than another.
@@ -97,13 +97,13 @@ class Timeline:
 class Sampler:
     """Makes the timeline of one process out of snapshots of its latency histogram."""
 
-    def __init__(self, counts: list[int], start_ns: int, duration_s: float | None) -> None:
-        """`counts` is the histogram's own list, which the hot path goes on filling.
+    def __init__(self, counts: Sequence[int], start_ns: int, duration_s: float | None) -> None:
+        """`counts` is the histogram's own buckets, which the hot path goes on filling.
 
         `duration_s` is how long the run is planned to last, None where nobody knows.
         """
         self._counts = counts
-        self._seen = list(counts)
+        self._seen: Any = counts[:]  # of the same type, or they would compare as different
         self._seen_ns = start_ns
         self._seen_errors = 0
         self._timeline = Timeline(start_ns, interval_for(duration_s))

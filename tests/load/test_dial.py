@@ -39,7 +39,7 @@ def leading_to(*found: tuple[str, int]) -> Any:
 def dialler_of(*addresses: tuple[str, int], timeout_s: float = 5.0) -> Dialler:
     settings = ClientSettings(server_address=Address("counter.test", 1), timeout_s=timeout_s)
     known = tuple((int(socket.AF_INET), address) for address in addresses)
-    return Dialler(Share(settings, known, 1, None, 0.0, 1))
+    return Dialler(Share(settings, known, 1, None, 0.0, 1, "plain"))
 
 
 def test_a_name_that_leads_elsewhere_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:

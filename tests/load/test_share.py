@@ -23,7 +23,7 @@ from counter.options.values import Seconds
 def test_the_shares_add_up_to_the_run(
     settings: ClientSettings, cpus: float, processes: int
 ) -> None:
-    shares = split(settings, cpus, ())
+    shares = split(settings, cpus, (), "plain")
     assert [share.processes for share in shares] == [processes] * processes
     connections = [share.connections for share in shares]
     assert sum(connections) == (settings.connections or max(1, round(cpus * 20)))

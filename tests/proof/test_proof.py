@@ -27,10 +27,12 @@ from kit.harness import (
     receive_exactly,
     wait_until,
 )
+from kit.played import needs
 from protocol import encode_total
 
 RUNS = 20 if os.environ.get("LONG") == "1" else 2
 MIXED = ("--processes", "4", "--connections", "24", "--amount", "0-5")
+ALIKE = ("--processes", "4", "--connections", "24")
 SHORT = ("--duration", "700ms", "--warmup", "100ms")
 
 
@@ -66,10 +68,28 @@ def test_a_server_that_is_wrong_on_purpose_is_always_caught(
             assert code == 4, shown
 
 
+@pytest.mark.parametrize(
+    ("engine", "pipeline"), [("plain", "1"), ("compiled", "1"), ("compiled", "16")]
+)
+@pytest.mark.parametrize("mode", ["lost", "twice", "early"])
+def test_both_engines_catch_a_server_that_is_wrong_on_purpose(
+    mode: str, engine: str, pipeline: str, tmp_path: Path
+) -> None:
+    """Amounts that are drawn, as above, never reach the engine in C."""
+    needs(engine)
+    with Command("tests/kit/wrong_server.py", mode) as server:
+        arguments = (*SHORT, *ALIKE, "--engine", engine, "--pipeline", pipeline)
+        code, proof, shown = verified(server.line(), tmp_path, *arguments)
+        assert (code, proof["verdict"]) == (4, "impossible"), shown
+
+
 def test_the_server_that_can_be_wrong_is_proved_when_it_is_right(tmp_path: Path) -> None:
     with Command("tests/kit/wrong_server.py", "right") as server:
-        code, proof, shown = verified(server.line(), tmp_path, *SHORT, *MIXED, "--pipeline", "16")
-        assert (code, proof["verdict"]) == (0, "proved"), shown
+        address = server.line()
+        for kind in (MIXED, ALIKE):
+            arguments = (*SHORT, *kind, "--pipeline", "16")
+            code, proof, shown = verified(address, tmp_path, *arguments)
+            assert (code, proof["verdict"]) == (0, "proved"), shown
 
 
 @pytest.mark.timeout(300)
@@ -93,7 +113,9 @@ def test_the_real_server_is_proved_over_processes_pipelines_and_random_amounts(
     "arguments",
     [
         [],
-        ["--pipeline", "700"],
+        ["--engine", "plain"],
+        ["--pipeline", "700", "--requests", "300000"],
+        ["--pipeline", "700", "--requests", "300000", "--engine", "plain"],
         ["--amount", "0"],
         ["--rate", "5000"],
         ["--requests", "2000"],
