@@ -19,7 +19,7 @@ DEV := $(VENV)/dev-$(VERSION).stamp
 BENCH := $(VENV)/bench-$(VERSION).stamp
 TURN := $(wildcard counter/turn/*.[ch]) $(addprefix counter/turn/,pyproject.toml setup.py source_hash.py)
 SANITIZED := $(abspath $(VENV)/sanitized-$(VERSION))
-SANITIZE ?= tests/turn tests/load/test_engines.py
+SANITIZE ?= tests/turn tests/load/test_load_engines.py
 DURATION ?= 10s
 CHAOS ?= killing or durability or test_hostile or test_fuzz or test_proof
 

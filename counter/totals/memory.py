@@ -56,6 +56,7 @@ class AtomicCounter(Counter):
         self._fetch_add = getattr(self._library, "__atomic_fetch_add_8")
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._where = ffi.cast("void *", ffi.from_buffer(self._memory))
+        self.address = int(ffi.cast("uintptr_t", self._where))  # for C that adds by itself
         self.add(start)
 
     def add(self, amount: int) -> int:

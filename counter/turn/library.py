@@ -25,7 +25,7 @@ NAME: Final = "counter_turn"
 SOURCES: Final = Path(__file__).parent
 
 # What the library offers: declarations without a line for the preprocessor, as cffi reads them.
-INTERFACE: Final = ("source.h", "load.h")
+INTERFACE: Final = ("source.h", "frames.h", "turn.h", "load.h")
 
 REMEDY: Final = "pip install -r requirements.txt builds it"
 
@@ -65,6 +65,20 @@ def load() -> Library:
     if built_from != expected:
         raise EngineMissing(f"{path} was built from other sources; {REMEDY} anew")
     return Library(path, ffi, lib)
+
+
+def choose(wanted: str) -> tuple[str, str]:
+    """The engine that `compiled`, `plain` or `auto` means here, and why it is not the compiled one
+    where it could have been; EngineMissing where that was named and is not there."""
+    if wanted == "plain":
+        return "plain", ""
+    try:
+        load()
+    except EngineMissing as missing:
+        if wanted == "compiled":
+            raise
+        return "plain", str(missing)
+    return "compiled", ""
 
 
 def _find() -> Path:

@@ -1,4 +1,5 @@
-"""The compiled engine for tests that are of it: where it can be built, none of them is left out."""
+"""The engines that a test is run with: both. Where the compiled one can be built, none of its tests
+is left out."""
 
 from __future__ import annotations
 
@@ -6,10 +7,17 @@ import os
 import shlex
 import shutil
 import sysconfig
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from counter.turn.library import EngineMissing, Library, load
+from protocol import MAX_AMOUNT
+
+if TYPE_CHECKING:
+    from counter.turn.engine import Engine
+
+ENGINES: Final = ("compiled", "plain")
 
 
 def compiler() -> str | None:
@@ -29,3 +37,15 @@ def compiled() -> Library:
 
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C compiler")
+
+
+def make_engine(name: str, max_amount: int = MAX_AMOUNT) -> Engine:
+    """An engine by its name; imports what it needs, gevent among it."""
+    if name == "compiled":
+        from counter.turn.compiled import CompiledEngine
+
+        return CompiledEngine(compiled(), max_amount)
+    from counter.turn.plain import PlainEngine
+    from counter.turn.vector import VectorDecoder
+
+    return PlainEngine(VectorDecoder(max_amount))

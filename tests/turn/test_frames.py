@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pytest
-from cffi import FFI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh64_digest
 
-from kit.harness import ROOT
+from kit.engine import compiled
 from protocol import (
     MAX_AMOUNT,
     MAX_UNREAD_FRAMES,
@@ -32,7 +26,6 @@ from protocol import (
     encode_frame,
 )
 
-SOURCES = ROOT / "counter" / "turn"
 PROPERTY = settings(deadline=None)
 BLOCK = 64  # so many frames are verified at once
 
@@ -128,23 +121,9 @@ def frames_of(amounts: Sequence[int]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
-    """The kernel as the compiler makes it; with CFLAGS, sanitized for example."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"there is no C compiler ({compiler[0]})")
-    library = tmp_path_factory.mktemp("kernel") / "frames.so"
-    flags = "-std=gnu11 -O2 -Wall -Wextra -Wconversion -Werror -shared -fPIC"
-    flags = f"{flags} {os.environ.get('CFLAGS', '')}"
-    command = [*compiler, *flags.split(), "-o", str(library), str(SOURCES / "frames.c")]
-    subprocess.run(command, check=True)
-    return Kernel(*declared(library))
-
-
-def declared(library: Path) -> tuple[Any, Any]:
-    ffi = FFI()
-    ffi.cdef((SOURCES / "frames.h").read_text())
-    return ffi, ffi.dlopen(str(library))
+def kernel() -> Kernel:
+    library = compiled()
+    return Kernel(library.ffi, library.lib)
 
 
 @pytest.mark.parametrize(("amount", "frame"), VECTORS.items())

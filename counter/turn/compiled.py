@@ -1,0 +1,172 @@
+"""The engine in C: turn.c behind the interface of engine.py. Nothing is decided here either."""
+
+from __future__ import annotations
+
+import _socket
+from collections.abc import Callable, MutableSequence
+from typing import Any, Final
+
+from counter.processes.slots import READS, REQUESTS
+from counter.turn.engine import LONGEST_S, Adder, Engine, Interest, Turn
+from counter.turn.library import Library
+from protocol import MAX_AMOUNT, TOTAL_MASK
+
+_LONGEST_NS: Final = int(LONGEST_S * 1e9)
+
+
+class CompiledEngine(Engine):
+    """The engine whose turn is one call of C."""
+
+    name = "compiled"
+
+    def __init__(self, library: Library, max_amount: int = MAX_AMOUNT) -> None:
+        super().__init__()
+        ffi, self.lib = library.ffi, library.lib
+        self.ffi = ffi
+        self._state: Any = ffi.new("struct turn_state *")
+        engine = self.lib.turn_open(self._epoll.fileno(), max_amount, self._state)
+        if engine == ffi.NULL:
+            raise MemoryError("no memory for the turn")
+        self.engine: Any = ffi.gc(engine, self.lib.turn_close)
+        self._ready = 0
+
+    def open(self, sock: _socket.socket, interest: Interest) -> None:
+        fd = sock.fileno()
+        if self.lib.turn_add(self.engine, fd):
+            raise MemoryError("no memory for a connection")
+        self.lib.turn_serve_frames(self.engine, fd, interest.is_served)
+        self._epoll.register(fd, interest.mask)
+
+    def watch(self, fd: int, interest: Interest) -> None:
+        self.lib.turn_serve_frames(self.engine, fd, interest.is_served)
+        self._epoll.modify(fd, interest.mask)
+
+    def forget(self, fd: int) -> None:
+        self.lib.turn_forget(self.engine, fd)
+
+    def void(self, fd: int) -> None:
+        self.lib.turn_void(self.engine, fd)
+
+    def limit(self, fd: int, count: int) -> None:
+        self.lib.turn_limit(self.engine, fd, count)
+
+    def hold(self, fd: int, holds: bool) -> None:
+        self.lib.turn_hold_replies(self.engine, fd, holds)
+
+    def tell_answered(self, fd: int) -> None:
+        self.lib.turn_tell(self.engine, fd)
+
+    def owed(self, fd: int) -> int:
+        return int(self.lib.turn_owed(self.engine, fd))
+
+    def held(self, fd: int) -> int:
+        return int(self.lib.turn_held(self.engine, fd))
+
+    def read_at(self, fd: int) -> float:
+        return int(self.lib.turn_read_at(self.engine, fd)) / 1e9
+
+    def receive(self, fd: int = -1) -> Turn | None:
+        self._ready = self.lib.turn_receive(self.engine, fd)
+        self.take_events()
+        state = self._state
+        if not state.parts:
+            return None
+        return _Received(self, state)
+
+    def is_quiet(self) -> bool:
+        return self._ready <= 0
+
+    def in_one_call(self, counter: Adder, slot: MutableSequence[int]) -> Callable[[], None] | None:
+        address = getattr(counter, "address", 0)
+        if not address:
+            return None
+        cells = self.ffi.from_buffer("uint64_t[]", slot)
+        total = self.ffi.cast("uint64_t *", address)
+        serve, engine = self.lib.turn_serve, self.engine
+        requests, reads = cells + REQUESTS, cells + READS
+
+        def exchange() -> None:
+            if serve(engine, total, requests, reads, _LONGEST_NS):
+                self.take_events()
+
+        return exchange
+
+    def take_events(self) -> None:
+        """Takes over what the last call has to tell."""
+        state, ffi = self._state, self.ffi
+        for index in range(state.events):
+            event = state.event[index]
+            size = event.size
+            data = ffi.buffer(event.bytes, size)[:] if size else b""
+            self.events.append((event.kind, event.fd, data))
+
+
+class _Received(Turn):
+    """What the last call of C has read; it is there until the next, and nobody can leave before."""
+
+    __slots__ = ("_amounts", "_engine", "amount", "frames", "reads")
+
+    def __init__(self, engine: CompiledEngine, state: Any) -> None:
+        self._engine = engine
+        self.amount, self.frames, self.reads = state.sum, state.frames, state.parts
+        self._amounts = state.amounts
+
+    def answer(self, before: int) -> None:
+        engine = self._engine
+        engine.lib.turn_answer(engine.engine, before & TOTAL_MASK)
+        engine.take_events()
+
+    def keep(self) -> Turn:
+        return _Kept(self._engine, self, self._amounts)
+
+    def purge(self) -> None:
+        """All of them are there."""
+
+    def live_frames(self) -> int:
+        return self.frames
+
+    def askers(self) -> list[int]:
+        parts = self._engine.lib.turn_parts(self._engine.engine)
+        return [parts[index].fd for index in range(self.reads)]
+
+
+class _Kept(Turn):
+    """A turn in memory of its own."""
+
+    __slots__ = ("_amounts", "_count", "_engine", "_parts", "amount", "frames", "reads")
+
+    def __init__(self, engine: CompiledEngine, turn: Turn, amounts: int) -> None:
+        self._engine = engine
+        self.amount, self.frames, self.reads = turn.amount, turn.frames, turn.reads
+        self._count = turn.reads
+        self._parts = engine.ffi.new("struct turn_part[]", self._count)
+        self._amounts = engine.ffi.new("uint64_t[]", amounts)
+        engine.lib.turn_keep(engine.engine, self._parts, self._amounts)
+        engine.take_events()
+
+    def answer(self, before: int) -> None:
+        engine = self._engine
+        engine.lib.turn_answer_kept(engine.engine, self._parts, self._count, before & TOTAL_MASK)
+        engine.take_events()
+
+    def keep(self) -> Turn:
+        return self
+
+    def purge(self) -> None:
+        for index in range(self._count):
+            part = self._parts[index]
+            if part.batch.count and not self._is_live(part):
+                self.amount = (self.amount - part.batch.sum) & TOTAL_MASK
+                self.frames -= part.batch.count
+                self.reads -= 1
+                part.batch.count = part.batch.sum = 0
+
+    def live_frames(self) -> int:
+        return int(self._engine.lib.turn_live(self._engine.engine, self._parts, self._count))
+
+    def askers(self) -> list[int]:
+        parts = [self._parts[index] for index in range(self._count)]
+        return [part.fd for part in parts if part.batch.count and self._is_live(part)]
+
+    def _is_live(self, part: Any) -> bool:
+        return bool(self._engine.lib.turn_serial(self._engine.engine, part.fd) == part.serial)
