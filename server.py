@@ -49,6 +49,7 @@ try:
     from counter.tls.snapshot import CertificateError, Snapshot
     from counter.totals.keeper import Keeper, make_keeper
     from counter.totals.store import StoreError
+    from counter.turn.library import EngineMissing, choose
     from protocol import format_address
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -163,6 +164,7 @@ class ServingChild(Child):
             self._index,
             shared.certificates,
             orders,
+            shared.connection_shares[self._index],
         ).run(ready)
         return 0
 
@@ -234,6 +236,7 @@ class Unsupervised(ServingProcess):
             shared.slots,
             shared.workers,
             certificates=shared.certificates,
+            most_connections=shared.connection_shares[0],
         )
         self._shared = shared
         self._admin: Admin | None = None
@@ -294,7 +297,7 @@ class Unsupervised(ServingProcess):
 
 def missing_package(settings: ServerSettings) -> str:
     """A package that is not installed, of those that only the processes import; none if empty."""
-    needed = ["numpy"]
+    needed = ["numpy"]  # of the plain engine, and of TLS
     if settings.admin_port is not None:
         needed.append("prometheus_client")
     if settings.store.kind in ("redis", "rediss"):
@@ -308,6 +311,10 @@ def serve(settings: ServerSettings) -> int:
     workers, processes = settings.workers(cpus), settings.process_count(cpus)
     if problem := settings.too_few_connections(workers):
         return fail(problem, EXIT_USAGE)
+    try:
+        engine, why_plain = choose(settings.engine)
+    except EngineMissing as missing:
+        return fail(f"--engine compiled: {missing}", EXIT_USAGE)
     shares = connection_shares(settings, workers, max(1, processes))
     try:
         listener = listen_for_peers(settings)
@@ -325,7 +332,7 @@ def serve(settings: ServerSettings) -> int:
         )
     except (OSError, StoreError, CertificateError) as error:
         return fail(str(error), EXIT_CANNOT_START)
-    introduce(shared, cpus, engine="plain")
+    introduce(shared, cpus, f"{engine} ({why_plain})" if why_plain else engine)
     try:
         if processes:
             Supervised(shared).run()

@@ -24,6 +24,8 @@ from kit.certificates import SplitPeer, TlsPeer, kit
 from kit.harness import Peer, ServerCommand, children
 from kit.hostile import memory_kb
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 LONG = os.environ.get("LONG") == "1"
 FRAMES = 1000  # of a stream
 KEPT_WITHIN = 1.05  # what memory may have grown by since the first tenth
@@ -108,7 +110,7 @@ def end_sending(peer: Peer) -> None:
 
 
 @pytest.fixture(scope="module", params=["any", "limited"])
-def fuzzed(request: pytest.FixtureRequest) -> Iterator[Fuzzed]:
+def fuzzed(each_engine: str, request: pytest.FixtureRequest) -> Iterator[Fuzzed]:
     limit = LIMIT if request.param == "limited" else 2**64 - 1
     with ServerCommand("--processes", "1", "--maxIncrement", str(limit)) as server:
         fuzzed = Fuzzed(server, limit)

@@ -29,7 +29,10 @@ import pytest
 from client import ConnectError, CounterClient, OutcomeUnknown
 from kit.harness import ROOT, Command, Peer, ScriptedServer, ServerCommand, children, wait_until
 from kit.hostile import WAYS, memory_kb, nuisances
+from kit.loads import result_of, start_load
 from protocol import encode_frame, parse_address
+
+pytestmark = pytest.mark.usefixtures("each_engine")
 
 LONG = os.environ.get("LONG") == "1"
 ONE = encode_frame(1)
@@ -43,31 +46,17 @@ def has_passed(moment: float) -> bool:
 # A crowd of hostile peers.
 
 
-def start_load(address: str, *arguments: str) -> Command:
-    return Command(
-        *("client.py", "--serverAddress", address, "--json", "-", "--processes", "1"),
-        *("--timeout", "20s", *arguments),
-    )
-
-
-def result_of(load: Command, patience_s: float) -> dict[str, Any]:
-    code = load.finish(patience_s)
-    result: dict[str, Any] = json.loads(load.output())
-    assert code == 0, (result["errors"], result["check"])
-    return result
-
-
 @pytest.mark.timeout(600 if LONG else 120)
 def test_good_clients_stay_exact_among_hostile_ones_in_eight_ways() -> None:
     everybody, good, processes = (10_000, 100, 2) if LONG else (400, 20, 1)
     measured_s, warmup_s = (20, 6) if LONG else (3, 2)
     many = everybody - good
-    workers = 1500 if LONG else 200  # so the pool is at its limit all the time
+    most = 1500 if LONG else 200  # so there are as many as may be all the time
+    workers = most // 10  # and they take turns
     raise_descriptor_limit()
     timeouts = ("--frameTimeout", "2s", "--idleTimeout", "1s", "--writeTimeout", "2s")
-    with ServerCommand(
-        "--processes", str(processes), "--backlog", "4096", *timeouts, workers=workers
-    ) as server:
+    limits = ("--maxConnections", str(most), "--backlog", "4096", "--processes", str(processes))
+    with ServerCommand(*limits, *timeouts, workers=workers) as server:
         if LONG:
             spread_over_all_cpus(server)
         pids = children(server.process.pid)
@@ -87,8 +76,8 @@ def test_good_clients_stay_exact_among_hostile_ones_in_eight_ways() -> None:
         assert server.stop()[0] == int(before["answered_sum"]) + int(during["answered_sum"])
         log = server.errors()
     print(
-        f"\n{many} hostile and {good} good, {workers} workers in {processes} processes; "
-        f"hostile connections ended: {dict(done)}\n"
+        f"\n{many} hostile and {good} good, {most} open, "
+        f"{workers} workers in {processes} processes; hostile connections ended: {dict(done)}\n"
         f"before: {figures(before)}\nduring: {figures(during)}\n"
         f"memory: {sorted(memory.values())} KB; log: {len(log)} bytes"
     )
@@ -97,6 +86,7 @@ def test_good_clients_stay_exact_among_hostile_ones_in_eight_ways() -> None:
         assert result["errors"] == {}
         assert result["answered"] == result["sent"]
     assert all(done[way] for way in WAYS), done
+    assert f"all {most} connections are open" in log
     assert f"all {workers} workers are taken" in log
     assert "Traceback" not in log
     assert len(log) < 100_000
@@ -175,7 +165,14 @@ def served_with(environment: dict[str, str], *arguments: str) -> Iterator[tuple[
 
 def test_the_wall_clock_plays_no_part_in_any_deadline(jumping: dict[str, str]) -> None:
     timeouts = ("--frameTimeout", "500ms", "--idleTimeout", "600ms", "--writeTimeout", "500ms")
-    one_worker = ("--multiplier", "1", "--processes", "1")
+    one_worker = (
+        "--multiplier",
+        "1",
+        "--processes",
+        "1",
+        "--maxConnections",
+        str(len(os.sched_getaffinity(0))),
+    )
     script = (
         "import time; times = [time.time() for _ in range(10**6)]; print(max(times) - min(times))"
     )

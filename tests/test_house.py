@@ -21,7 +21,7 @@ OURS = {"client", "counter", "protocol", "server"}
 
 SERVER = {"protocol"} | {
     f"counter.{room}"
-    for room in ("serving", "admin", "totals", "options", "processes", "tls", "system")
+    for room in ("serving", "admin", "totals", "options", "processes", "tls", "turn", "system")
 }
 COMMAND = {"protocol"} | {
     f"counter.{room}" for room in ("load", "report", "results", "options", "tls", "system")

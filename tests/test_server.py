@@ -33,12 +33,14 @@ from kit.harness import (
 )
 from protocol import REPLY_SIZE, decode_totals, encode_frame, parse_address
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 ONE = encode_frame(1)
 HOUR = "1h"
 
 
 @pytest.fixture(scope="module", params=["0", "1", "3"])
-def shared(request: pytest.FixtureRequest) -> Iterator[ServerCommand]:
+def shared(each_engine: str, request: pytest.FixtureRequest) -> Iterator[ServerCommand]:
     """A server for tests that read the total before and after what they do."""
     with ServerCommand("--frameTimeout", "300ms", "--processes", request.param) as server:
         yield server
@@ -223,16 +225,17 @@ def test_more_connections_than_workers_are_all_served_and_counted_exactly() -> N
         assert server.stop() == (1000, 1000)
 
 
-def test_a_full_pool_makes_the_next_connection_wait_and_says_so() -> None:
-    with ServerCommand(workers=2) as server, peers(server.address, 2) as busy:
-        for peer in busy:
-            peer.add(1)
-        with server.connect() as waiting:
-            waiting.send(ONE)
-            server.error_line_with("all 2 workers are taken and 1 connection waits")
-            waiting.expect_silence(0.1)
-            busy[0].close()
-            assert waiting.totals(1) == [3]
+def test_more_than_may_be_open_wait_in_the_backlog_and_it_is_said() -> None:
+    with ServerCommand("--maxConnections", "2", workers=2) as server:
+        with peers(server.address, 2) as open_ones:
+            for peer in open_ones:
+                peer.add(1)
+            with server.connect() as waiting:
+                waiting.send(ONE)
+                server.error_line_with("all 2 connections are open and 1 waits in the backlog")
+                waiting.expect_silence(0.1)
+                open_ones[0].close()
+                assert waiting.totals(1) == [3]
 
 
 def test_a_peer_that_does_not_read_is_dropped_and_costs_bounded_memory() -> None:
@@ -275,11 +278,14 @@ def test_stopping_in_mid_flight_loses_no_answered_addition() -> None:
 
 
 def test_stopping_answers_what_the_backlog_holds() -> None:
-    with ServerCommand(workers=1) as server, peers(server.address, 6) as clients:
+    with (
+        ServerCommand("--maxConnections", "1", workers=1) as server,
+        peers(server.address, 6) as clients,
+    ):
         clients[0].add(1)
         for peer in clients[1:]:
             peer.send(ONE * 3)
-        server.error_line_with("5 connections wait")
+        server.error_line_with("5 wait in the backlog")
         server.signal(signal.SIGTERM)
         totals: list[int] = []
         for peer in clients:

@@ -1,69 +1,63 @@
-"""One connection, from its first byte to its last: the hot path, what waits, and the end.
+"""One connection, from its first byte to its last: what its engine leaves to be decided.
 
 The life of a connection:
-  1. accepted, it takes a worker: a Connection is a greenlet in the server's Pool, not yet started;
-  2. frames that arrive are verified by a callback of the loop, on_readable, and join the Turn: what
-     all connections ask for in one turn of the loop is added once and then answered. Nothing in it
-     waits, and no greenlet is switched for it;
-  3. the greenlet is started, or woken, for what must wait (replies that the kernel does not take)
-     and for the end;
-  4. at the end the worker is free. A peer that may still be sending gets FIN, and its socket
-     lingers outside the Pool until the peer is quiet, because closing it with unread bytes would
-     send RST and could destroy replies that were already sent.
+  1. accepted, it is opened in the engine, and takes a worker if one is free;
+  2. while it has one its frames are read, verified, added and answered by the engine, many
+     connections at once (counter/turn); nothing of that comes here;
+  3. without a worker it is parked until it has something unread, then waits for its turn
+     (workers.py);
+  4. it is not read, and holds no worker, while replies wait for its peer to read them, or very many
+     frames for the store;
+  5. at the end what it is owed goes out first. A peer that may still be sending gets FIN, and its
+     socket lingers until the peer is quiet, because closing it with unread bytes would send RST and
+     could destroy replies that were already sent.
 
 The invariant: a frame is added and answered once, in the order of its connection, or it is not
-added at all. Deadlines are kept by the server's one coarse sweep, so a frame costs no timer.
+added at all. Nothing here waits: what is waited for is an event, or a deadline that the server's
+one coarse sweep keeps.
 """
 
 from __future__ import annotations
 
 import _socket
-import time
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from enum import Enum
+from typing import Final, Protocol
 
-import gevent
-from gevent.greenlet import Greenlet
-from gevent.timeout import Timeout
-
-from counter.serving.additions import Asker
-from counter.serving.deadlines import FrameDeadlines
+from counter.serving.additions import Additions
+from counter.serving.deadlines import Deadlines
 from counter.serving.ending import Ending
-from counter.system.libev import READ, WRITE
+from counter.serving.workers import Workers
 from counter.system.sockets import silent_for_s, unread_bytes
-from protocol import MAX_UNREAD_FRAMES, BadFrame, Batch, format_address
+from counter.turn.engine import Engine, Interest, Kind
+from protocol import format_address
 
-# A buffer of less than 480 bytes comes from Python's own allocator, 0.2 us sooner than one from the
-# heap. A read that fills it is followed by large ones for as long as there is much to read; their
-# 4,096 frames bound what is pending per connection.
-SMALL_READ: Final = 464
-LARGE_READ: Final = 65536
+
+class State(Enum):
+    """What a connection is at."""
+
+    NEW = "not known to the engine yet"
+    PARKED = "no worker, and nothing unread that is known of"
+    WAITING = "something unread, and no worker yet"
+    SERVED = "a worker: it is read"
+    STALLED = "not read until its replies are taken, or its frames answered"
+    DRAINING = "read to the end of what its socket held when the drain began"
+    ENDING = "not read any more; ends when it is owed nothing"
+    CLOSED = "gone"
 
 
 class Host(Protocol):
-    """What a Connection may ask of the server that holds it.
+    """What a Connection may ask of the server that holds it."""
 
-    What is called for each request is an attribute that holds the function itself, not a method
-    that passes the call on.
-    """
+    engine: Engine
+    additions: Additions
+    workers: Workers[Connection]
+    frame_deadlines: Deadlines[Connection]  # of frames that have begun
+    write_deadlines: Deadlines[Connection]  # of replies that the kernel has not taken
+    is_draining: bool
 
-    hub: Any
-    loop: Any
-    table: dict[bytes, int]  # the amount of each frame that needs no decoding
-    decode: Callable[[bytes], tuple[Batch, bytes]]  # all whole frames, and the rest; BadFrame
-    ask: Callable[[Asker, int, Batch | None], None]
-    commit: Callable[[], None]  # has what was asked for so far added
-    deadlines: FrameDeadlines[Connection]
-    write_timeout_s: float
-
-    def note_opened(self) -> None:
-        """Notes that a connection has begun."""
-
-    def note_closed(self) -> None:
-        """Notes that a connection has ended and its socket is closed, or lingers."""
-
-    def free_worker(self, connection: Connection) -> None:
-        """Takes the worker back of a connection whose greenlet never ran."""
+    def note_closed(self, connection: Connection) -> None:
+        """A connection has ended: its descriptor is another's next."""
 
     def linger(self, sock: _socket.socket) -> None:
         """Sends FIN, and closes the socket when its peer is quiet."""
@@ -71,150 +65,289 @@ class Host(Protocol):
     def refused(self, why: Ending, detail: str) -> None:
         """Counts and logs that a peer was turned away."""
 
-    def failed(self) -> None:
-        """Logs the error that is being handled."""
+    def failed(self, detail: str) -> None:
+        """Logs an error of the program's own."""
+
+    def explain(self, frame: bytes) -> str:
+        """Why a frame is refused, in words."""
 
 
-class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs alone
-    """One peer. The callback serves it; the greenlet waits for it and ends it.
+class Connection:
+    """One peer. `ending` is None until the connection has to end, then the reason."""
 
-    Serving: the watcher is active, the greenlet not started or parked. Awake: the watcher is
-    stopped, the greenlet runs. `ending` is None until the connection has to end, then the reason.
-    """
+    __slots__ = ("ending", "fd", "host", "sock", "state", "unsent")
 
-    # A slot is read in 3 ns; an attribute in the dictionary that Greenlet has takes 30.
-    __slots__ = (
-        "drain_bytes",
-        "ending",
-        "host",
-        "owed",
-        "parked",
-        "read_size",
-        "rest",
-        "sock",
-        "unsent",
-        "waits_for_answers",
-        "watcher",
-    )
+    # What its socket is watched for while it is read.
+    interest: Interest = Interest.FRAMES
 
     def __init__(self, host: Host, sock: _socket.socket) -> None:
-        Greenlet.__init__(self)
         self.host = host
         self.sock = sock
-        self.rest = b""  # the bytes of an incomplete frame
+        self.fd = sock.fileno()
         self.unsent = b""  # replies that the kernel did not take; nothing is read while there are
-        self.owed = 0  # frames that wait for a store
         self.ending: Ending | None = None
-        self.read_size = SMALL_READ
-        self.drain_bytes = 0  # what is still to be read and answered before the end
-        self.parked = False
-        self.waits_for_answers = False
-        host.note_opened()
-        self.watcher = host.loop.io(sock.fileno(), READ)
-        self.watcher.start(self.on_readable)
+        self.state = State.NEW
 
-    def on_readable(self) -> None:
-        """Takes what has arrived; runs in the loop and never waits.
+    def decide(self, kind: int, data: bytes) -> None:
+        """Acts on what the engine has to tell of this connection."""
+        if self.state is not State.CLOSED:
+            _DECISIONS[kind](self, data)
 
-        A peer that waits for each reply sends one whole frame at a time. That case is written out:
-        1 us beside its two system calls, where the general way takes 4.
-        """
-        try:
-            data = self.sock.recv(self.read_size)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        # gevent stops a watcher whose callback raises: the connection would hang for ever.
-        try:
-            amount = None if self.rest else self.host.table.get(data)
-            if amount is None:
-                self.take(data)
-            else:
-                self.host.ask(self, amount, None)
-        except Exception:
-            self.fail()
+    # --- taking turns ---
 
-    def take(self, data: bytes) -> None:
-        """Takes frames that were read, or notes that the peer has ended."""
-        if data:
-            self.read_size = LARGE_READ if len(data) >= SMALL_READ else SMALL_READ
-            self.decode(data)
+    def serve(self) -> None:
+        """It has a worker: reads from now on."""
+        self.watch(self.interest, State.SERVED)
+
+    def park(self) -> None:
+        """It has no worker: asks for one as soon as there is something to read."""
+        self.watch(Interest.ARRIVAL, State.PARKED)
+
+    def watch(self, interest: Interest, state: State) -> None:
+        """Is watched for something else, in another state."""
+        if self.state is State.NEW:
+            self.host.engine.open(self.sock, interest)
         else:
-            self.end(Ending.GONE)
+            self.host.engine.watch(self.fd, interest)
+        self.state = state
 
-    def decode(self, data: bytes) -> None:
-        """Verifies all whole frames, which then join the turn, and keeps the rest."""
-        started = bool(self.rest)
-        if started:
-            data = self.rest + data
-        try:
-            batch, self.rest = self.host.decode(data)
-        except BadFrame as bad:
-            batch, self.rest = bad.batch, b""
-            why = Ending(bad.reason)
-            self.host.refused(why, f"{self.peer()}: {bad}")
-            self.end(why)
-        if self.rest:
-            if batch or not started:
-                self.host.deadlines.begin(self)
-        elif started:
-            self.host.deadlines.end(self)
-        # At last: a turn that is full is answered at once, which may end the connection.
-        if batch:
-            self.host.ask(self, batch.sum(), batch)
+    def look(self) -> None:
+        """Takes what has come, which may be what a deadline waits for: also without a worker, so
+        that nobody is judged for what others have kept from being read."""
+        if self.state not in (State.STALLED, State.ENDING, State.CLOSED):
+            self.read()
+
+    def read(self) -> None:
+        """Takes what has come."""
+        turn = self.host.engine.receive(self.fd)
+        if turn is not None:
+            self.host.additions.ask(turn)
+
+    def last_read_at(self) -> float:
+        """When something was read last, by time.monotonic()."""
+        return self.host.engine.read_at(self.fd)
+
+    def idle_for_s(self) -> float | None:
+        """Seconds since the peer's last byte; None while anything is under way."""
+        if self.state not in (State.PARKED, State.SERVED):
+            return None
+        if self.owed() or unread_bytes(self.sock):
+            return None
+        return silent_for_s(self.sock)
+
+    # --- what the engine tells ---
+
+    def on_ready(self, _: bytes) -> None:
+        """There is something to read, or room for what is unsent."""
+        if self.unsent:
+            self.flush()
+        elif self.state is State.PARKED:
+            self.state = State.WAITING
+            self.host.workers.request(self)
+
+    def on_begun(self, _: bytes) -> None:
+        self.host.frame_deadlines.begin(self)
+
+    def on_completed(self, _: bytes) -> None:
+        self.host.frame_deadlines.end(self)
+
+    def on_checksum(self, frame: bytes) -> None:
+        self.refuse(Ending.CHECKSUM, self.host.explain(frame))
+
+    def on_limit(self, frame: bytes) -> None:
+        self.refuse(Ending.LIMIT, self.host.explain(frame))
+
+    def on_end(self, _: bytes) -> None:
+        self.end(Ending.GONE)
+
+    def on_reset(self, _: bytes) -> None:
+        """Nobody is there to be answered: what has not been added is not any more."""
+        self.ending = Ending.GONE
+        self.release()
+
+    def on_drained(self, _: bytes) -> None:
+        self.end(Ending.DRAIN)
+
+    def on_full(self, _: bytes) -> None:
+        self.stall()
+
+    def on_unsent(self, replies: bytes) -> None:
+        """Keeps replies until the kernel takes them."""
+        if not self.unsent:
+            self.host.write_deadlines.begin(self)
+            self.stall()
+            self.host.engine.watch(self.fd, Interest.ROOM)
+        self.unsent += replies
+
+    def on_answered(self, _: bytes) -> None:
+        self.proceed()
+
+    def on_failed(self, detail: bytes) -> None:
+        self.host.failed(detail.decode(errors="replace"))
+        self.cut(Ending.FAILED)
+
+    # --- what is owed ---
+
+    def owed(self) -> int:
+        """How many frames wait for a store."""
+        return self.host.engine.owed(self.fd)
+
+    def tell_answered(self) -> None:
+        """Has the engine tell when no frame waits for a store any more."""
+        self.host.engine.tell_answered(self.fd)
+
+    def void(self) -> None:
+        """What it asked for and was not answered is not added, unless that is under way."""
+        if self.owed():
+            self.host.engine.void(self.fd)
+            self.host.additions.note_void()
 
     def transmit(self, data: bytes) -> None:
-        """Hands bytes to the kernel; what it does not take is left in `unsent`."""
-        if self.unsent:
-            self.unsent += data
-            return
+        """Hands bytes to the kernel; what it does not take is kept."""
+        sent = 0
+        if not self.unsent:
+            try:
+                sent = self.sock.send(data)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.on_reset(b"")
+                return
+        if sent < len(data):
+            self.host.engine.hold(self.fd, True)
+            self.on_unsent(data[sent:])
+
+    def flush(self) -> None:
+        """Hands on what the kernel did not take before."""
         try:
-            sent = self.sock.send(data)
+            sent = self.sock.send(self.unsent)
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.end(Ending.GONE)
+            self.on_reset(b"")
             return
-        if sent < len(data):
-            self.unsent = data[sent:]
-            self.wake()
+        self.unsent = self.unsent[sent:]
+        if self.unsent:
+            if sent:
+                self.host.write_deadlines.begin(self)
+            self.host.engine.watch(self.fd, Interest.ROOM)
+        else:
+            self.host.write_deadlines.end(self)
+            self.host.engine.hold(self.fd, False)
+            self.proceed()
 
-    # Replies are sent as they are; under TLS something stands between.
-    send = transmit
+    def judge_unread(self) -> None:
+        """Ends a connection whose peer has read nothing in time, unless it has now."""
+        before = len(self.unsent)
+        self.flush()
+        if len(self.unsent) == before:
+            self.unsent = b""
+            self.refuse(Ending.NOT_READING, "does not read its replies")
 
-    def look(self) -> None:
-        """Takes what has come, which may be what a deadline waits for, if this one reads at all."""
-        if self.watcher.active:
-            self.on_readable()
+    def stall(self) -> None:
+        """Stops reading; the deadline of an incomplete frame stands still meanwhile."""
+        if self.state in (State.ENDING, State.STALLED):
+            return
+        self.watch(Interest.NOTHING, State.STALLED)
+        self.host.frame_deadlines.pause(self)
+        self.host.workers.leave(self)
 
-    def overdue(self) -> str:
-        """What the frame deadline has ended, for the log."""
-        return f"a frame stopped after {len(self.rest)} bytes"
+    def proceed(self) -> None:
+        """Goes on after what it waited for, if it waits for nothing else."""
+        if self.unsent:
+            return
+        if self.state is State.ENDING:
+            self.finish()
+        elif self.state is State.STALLED and self.owed():
+            self.tell_answered()
+        elif self.state is State.STALLED:
+            self.host.frame_deadlines.resume(self)
+            if self.host.is_draining:
+                self.read_rest()
+            else:
+                self.host.workers.admit(self)
 
-    def owe(self, frames: int) -> None:
-        """Notes that so many frames wait for a store; with very many nothing more is read."""
-        self.owed += frames
-        if self.owed >= MAX_UNREAD_FRAMES:
-            self.wake()
+    # --- the end ---
 
-    def answered(self, frames: int) -> None:
-        """Notes that so many frames that waited for a store have their replies."""
-        self.owed -= frames
-        if not self.owed and self.waits_for_answers:
-            self.waits_for_answers = False
-            self.host.loop.run_callback(self.switch)
+    def refuse(self, why: Ending, detail: str) -> None:
+        """Ends the connection for something that its peer did, which is counted and logged."""
+        self.host.refused(why, f"{self.peer()}: {detail}")
+        self.end(why)
 
     def withdraw(self) -> None:
         """Ends the connection without an answer to what waits for a store."""
-        self.answered(self.owed)
-        self.end(Ending.STORE)
+        self.void()
+        self.refuse(Ending.STORE, "the store did not answer in time")
 
     def end(self, why: Ending) -> None:
-        """Has the greenlet end the connection."""
+        """Ends the connection as soon as it is owed nothing; reads nothing more."""
+        if self.state is State.CLOSED:
+            return
         if why.may_follow(self.ending):
             self.ending = why
-        self.wake()
+        if self.state is not State.ENDING:
+            self.host.workers.leave(self)
+            self.host.frame_deadlines.end(self)
+            if self.unsent or self.owed():
+                self.watch(Interest.ROOM if self.unsent else Interest.NOTHING, State.ENDING)
+        self.finish()
+
+    def finish(self) -> None:
+        """Ends it now if it is owed nothing."""
+        if self.ending is None or not self.ending.answers:
+            self.release()
+        elif self.owed():
+            self.tell_answered()
+        elif not self.unsent:
+            self.release()
+
+    def cut(self, why: Ending) -> None:
+        """Ends the connection as it is."""
+        self.ending = why
+        self.release()
+
+    def drain(self) -> None:
+        """Ends the connection after what its socket holds now is counted and answered."""
+        if self.state is State.ENDING:
+            return
+        unread = unread_bytes(self.sock)
+        if not unread:
+            self.end(Ending.DRAIN)
+            return
+        if self.state is State.STALLED:
+            self.limit(unread)
+        else:
+            self.host.workers.leave(self)
+            self.read_rest()
+            self.limit(unread)
+
+    def limit(self, count: int) -> None:
+        """Reads so many bytes at most from now on."""
+        self.host.engine.limit(self.fd, count)
+
+    def read_rest(self) -> None:
+        """Reads what a drain has left to be read, without a worker."""
+        self.watch(self.interest, State.DRAINING)
+
+    def release(self) -> None:
+        """Lets go of the socket, which may linger, and of everything else."""
+        if self.state is State.CLOSED:
+            return
+        self.void()
+        self.state = State.CLOSED
+        host = self.host
+        host.workers.leave(self)
+        host.frame_deadlines.end(self)
+        host.write_deadlines.end(self)
+        host.engine.forget(self.fd)
+        host.note_closed(self)
+        if self.ending is not None and self.ending.lingers:
+            host.engine.unwatch(self.fd)
+            host.linger(self.sock)
+        else:
+            self.sock.close()
+
+    # --- what is said of it ---
 
     def peer(self) -> str:
         """The peer's address, for the log."""
@@ -224,127 +357,22 @@ class Connection(Greenlet):  # type: ignore[type-arg]  # generic in the stubs al
             return "a peer that is gone"
         return format_address(host, port)
 
-    def fail(self) -> None:
-        """Ends the connection for an error of the server's own, unanswered rather than wrongly."""
-        self.host.failed()
-        self.answered(self.owed)
-        self.end(Ending.FAILED)
+    def overdue(self) -> str:
+        """What the frame deadline has ended, for the log."""
+        return f"a frame stopped after {self.host.engine.held(self.fd)} bytes"
 
-    def wake(self) -> None:
-        """Stops reading and lets the greenlet do what waits; without effect if it is awake.
 
-        A peer that is gone and is owed nothing needs no greenlet: a third of what a connection
-        costs that sends one frame and closes.
-        """
-        if self.watcher.active:
-            self.watcher.stop()
-            if self.parked:
-                self.host.loop.run_callback(self.switch)
-            elif self.ending is Ending.GONE and not self.unsent and not self.owed:
-                self.release()
-                self.host.free_worker(self)
-            else:
-                self.start()
-
-    def idle_for_s(self) -> float | None:
-        """Seconds since the peer's last byte; None while anything is under way."""
-        if not self.watcher.active or self.owed or unread_bytes(self.sock):
-            return None
-        return silent_for_s(self.sock)
-
-    def release(self) -> None:
-        """Lets go of the socket, which may linger, and of everything else."""
-        self.owed = 0
-        self.watcher.close()
-        self.host.note_closed()
-        self.host.deadlines.end(self)
-        if self.lingers():
-            self.host.linger(self.sock)
-        else:
-            self.sock.close()
-
-    def lingers(self) -> bool:
-        """Whether the peer may still be sending and has to see the end of the replies."""
-        return self.ending is not None and self.ending.lingers
-
-    def drain(self) -> None:
-        """Ends the connection after what its socket holds now is counted and answered."""
-        if self.ending is None:
-            self.drain_bytes = unread_bytes(self.sock)
-            self.end(Ending.DRAIN)
-
-    def _run(self) -> None:
-        try:
-            self.flush()
-            while self.ending is None:
-                self.park()
-                self.flush()
-            self.answer_rest()
-        except gevent.GreenletExit:
-            self.ending = Ending.CUT
-        finally:
-            self.release()
-
-    def answer_rest(self) -> None:
-        """Counts and answers what the socket held when the drain began."""
-        while self.drain_bytes and self.ending is Ending.DRAIN:
-            try:
-                data = self.sock.recv(min(self.drain_bytes, LARGE_READ))
-            except OSError:
-                data = b""
-            self.drain_bytes -= len(data)
-            self.take(data)
-            self.flush()
-
-    def park(self) -> None:
-        """Gives the connection back to the callback until wake() is called."""
-        self.watcher.start(self.on_readable)
-        self.parked = True
-        self.host.hub.switch()
-        self.parked = False
-
-    def flush(self) -> None:
-        """Waits until everything is answered and the kernel has taken every reply.
-
-        The deadline of an incomplete frame stands still meanwhile, since nothing is read.
-        """
-        self.host.commit()
-        if not self.unsent and not self.owed:
-            return
-        frame_began_at = self.host.deadlines.end(self)
-        blocked_at = time.monotonic()
-        while self.unsent or self.owed:
-            if self.unsent:
-                self.write()
-            else:
-                self.waits_for_answers = True
-                self.host.hub.switch()
-        if frame_began_at is not None:
-            self.host.deadlines.begin(self, frame_began_at + time.monotonic() - blocked_at)
-
-    def write(self) -> None:
-        """Waits until the kernel has taken every reply; a peer that does not read is dropped."""
-        writable = self.host.loop.io(self.sock.fileno(), WRITE)
-        try:
-            while self.unsent:
-                timeout = Timeout.start_new(self.host.write_timeout_s)
-                is_late = False
-                try:
-                    self.host.hub.wait(writable)
-                except Timeout as expired:
-                    if expired is not timeout:
-                        raise
-                    is_late = True
-                finally:
-                    timeout.close()
-                # Also when the time is over: it may be that this process stood still meanwhile.
-                data, self.unsent = self.unsent, b""
-                self.transmit(data)
-                if is_late and self.unsent == data:
-                    self.unsent = b""
-                    self.owed = 0
-                    detail = f"{self.peer()} does not read its replies"
-                    self.host.refused(Ending.NOT_READING, detail)
-                    self.end(Ending.NOT_READING)
-        finally:
-            writable.close()
+_DECISIONS: Final[dict[int, Callable[[Connection, bytes], None]]] = {
+    Kind.READY: lambda connection, data: connection.on_ready(data),
+    Kind.BEGUN: Connection.on_begun,
+    Kind.COMPLETED: Connection.on_completed,
+    Kind.CHECKSUM: Connection.on_checksum,
+    Kind.LIMIT: Connection.on_limit,
+    Kind.END: Connection.on_end,
+    Kind.RESET: Connection.on_reset,
+    Kind.DRAINED: Connection.on_drained,
+    Kind.UNSENT: Connection.on_unsent,
+    Kind.FULL: Connection.on_full,
+    Kind.ANSWERED: Connection.on_answered,
+    Kind.FAILED: Connection.on_failed,
+}

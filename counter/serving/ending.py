@@ -27,6 +27,11 @@ class Ending(Enum):
     def lingers(self) -> bool:
         return self in _LINGERING
 
+    @property
+    def answers(self) -> bool:
+        """Whether what was asked for before is answered first."""
+        return self not in (Ending.FAILED, Ending.CUT, Ending.NOT_READING)
+
     def may_follow(self, before: Ending | None) -> bool:
         """Whether this reason takes the place of one that was given `before`.
 

@@ -25,20 +25,18 @@ from counter.processes.slots import (
     COMMIT_US,
     COMMITS,
     READS,
-    REASONS,
-    REFUSED,
     REQUESTS,
     TOTAL,
     TOTAL_AT_MS,
     now_ms,
 )
-from counter.serving.additions import Additions, Asker
-from counter.serving.ending import Ending
+from counter.serving.additions import Additions
 from counter.serving.store_calls import make_caller
-from counter.serving.waiting import Asked, Waiting
+from counter.serving.waiting import Waiting
 from counter.system.backoff import backoff_s
 from counter.totals.store import InDoubt, Store, StoreAway
-from protocol import TOTAL_MASK, Batch, encode_total
+from counter.turn.engine import Engine, Turn
+from protocol import TOTAL_MASK
 
 # A store that has not answered for so long is away, though it has not said so.
 SILENT_S: Final = 1.0
@@ -66,6 +64,16 @@ class Outage(Protocol):
 
     def end(self) -> None:
         """The store has done what it was asked."""
+
+
+class Crowd(Protocol):
+    """What a commit may ask of those whose additions it makes."""
+
+    def withdraw(self, fd: int) -> None:
+        """Ends a connection without an answer to what waits for the store, which is void then."""
+
+    def decide_events(self) -> None:
+        """Acts on what the engine has to tell, after something was answered."""
 
 
 class State(Enum):
@@ -103,7 +111,7 @@ _MAY_FOLLOW: Final = {
 
 
 class GroupCommit(Additions):
-    """What the connections of one process ask of a store; stands where Turn does for a memory.
+    """What the connections of one process ask of a store; stands where InMemory does for a memory.
 
     `outage` is told whether the store is there; `on_loss()` is called when it is found to have lost
     what it had answered.
@@ -113,12 +121,16 @@ class GroupCommit(Additions):
         self,
         store: Store,
         slot: MutableSequence[int],
+        engine: Engine,
+        crowd: Crowd,
         timeout_s: float,
         outage: Outage,
         on_loss: Callable[[], None],
     ) -> None:
         self._store = store
         self._slot = slot
+        self._engine = engine
+        self._crowd = crowd
         self._timeout_s = timeout_s
         self._outage = outage
         self._on_loss = on_loss
@@ -133,13 +145,21 @@ class GroupCommit(Additions):
         self._started_at = 0.0
         self._ended_at = 0.0  # of the last call that succeeded
 
-    def ask(self, connection: Asker, amount: int, batch: Batch | None) -> None:
-        """Has an addition wait for the next commit."""
-        connection.owe(1 if batch is None else len(batch))
-        self._waiting.append(connection, amount, batch)
+    def exchange(self) -> None:
+        self._engine.each_turn(self.ask)
+
+    def ask(self, turn: Turn) -> None:
+        """Has what is asked wait for the next commit."""
+        self._waiting.append(turn.keep())
+
+    def note_void(self) -> None:
+        self._waiting.note_void()
 
     def commit(self) -> None:
         """Starts a commit of what waits, unless one is under way or it is too early."""
+        if not self.is_idle:
+            return
+        self._waiting.purge()
         state, count = self._state, len(self._waiting)
         if (state is State.IDLE and count) or (
             state is State.GATHERING and count >= self._expected
@@ -148,7 +168,7 @@ class GroupCommit(Additions):
 
     def sweep(self, now: float) -> None:
         """Withdraws what has waited too long, and notices a store that is silent."""
-        self._waiting.withdraw_older(now - self._timeout_s, now, self._withdraw)
+        self._withdraw(self._waiting.asked_before(now - self._timeout_s))
         if self.is_busy:
             if now - self._started_at >= SILENT_S:
                 self._outage.begin(f"no answer for {SILENT_S:g} s")
@@ -192,6 +212,7 @@ class GroupCommit(Additions):
 
     def _start(self) -> None:
         """Begins a call to the store."""
+        self._waiting.purge()
         settles = self._state is State.DOUBTING
         self._enter(State.SETTLING if settles else State.COMMITTING)
         self._started_at = time.monotonic()
@@ -215,7 +236,7 @@ class GroupCommit(Additions):
                 self._try_again(str(error), State.RETRYING)
         else:
             _log.error("the store failed", exc_info=error)
-            self._withdraw(self._waiting.finish())
+            self._withdraw_all(self._waiting.finish())
             self._store.close()
             self._try_again(str(error), State.RETRYING)
 
@@ -239,42 +260,31 @@ class GroupCommit(Additions):
             self._on_loss()
         under_way = self._waiting.finish()
         if before is None:
-            self._withdraw(under_way)
+            self._withdraw_all(under_way)
         else:
             self._note_total(self._answer(under_way, before))
         count = len(self._waiting)
-        self._expected = (len(under_way) + count) // 2
+        self._expected = (sum([turn.reads for turn in under_way]) + count) // 2
         if count < self._expected:
             took_s = time.monotonic() - self._started_at
             self._enter(State.GATHERING, after_s=min(took_s, LONGEST_GATHER_S))
         else:
             self._enter(State.IDLE)
+            self.commit()
 
     def _note_total(self, total: int) -> None:
         self._slot[TOTAL] = total
         self._slot[TOTAL_AT_MS] = now_ms()
 
-    def _answer(self, under_way: list[Asked], before: int) -> int:
+    def _answer(self, under_way: list[Turn], before: int) -> int:
         """Replies to all that a commit held; gives back the total after it."""
         # Counted before they are sent: who is killed in between has answered no more than that.
-        self._slot[REQUESTS] += sum(
-            [
-                1 if batch is None else len(batch)
-                for connection, _, batch in under_way
-                if connection.owed
-            ]
-        )
-        self._slot[READS] += len(under_way)
-        for connection, amount, batch in under_way:
-            frames = 1 if batch is None else len(batch)
-            after = (before + amount) & TOTAL_MASK
-            if connection.owed:
-                try:
-                    connection.send(encode_total(after) if batch is None else batch.replies(before))
-                    connection.answered(frames)
-                except Exception:
-                    connection.fail()
-            before = after
+        self._slot[REQUESTS] += sum([turn.live_frames() for turn in under_way])
+        self._slot[READS] += sum([turn.reads for turn in under_way])
+        for turn in under_way:
+            turn.answer(before)
+            before = (before + turn.amount) & TOTAL_MASK
+        self._crowd.decide_events()
         return before
 
     def _try_again(self, reason: str, state: State) -> None:
@@ -286,8 +296,10 @@ class GroupCommit(Additions):
             delay_s = backoff_s(self._failures - 1, FIRST_DELAY_S, LAST_DELAY_S)
         self._enter(state, after_s=delay_s)
 
-    def _withdraw(self, asked: list[Asked]) -> None:
-        for connection, _, _ in asked:
-            if connection.owed:
-                self._slot[REFUSED + REASONS.index(Ending.STORE.value)] += 1
-                connection.withdraw()
+    def _withdraw_all(self, turns: list[Turn]) -> None:
+        self._withdraw(list(dict.fromkeys(fd for turn in turns for fd in turn.askers())))
+
+    def _withdraw(self, askers: list[int]) -> None:
+        for fd in askers:
+            self._crowd.withdraw(fd)
+        self._waiting.purge()

@@ -1,9 +1,8 @@
-"""Room for those who wait: what a server does while every worker is taken.
+"""Room for those who wait in the backlog, once as many connections are open as may be.
 
-An idle connection costs nobody anything as long as there are free workers. Once all are taken and
-somebody waits in the listen queue, those that were idle for longer than --idleTimeout give their
-workers up, the longest idle first, as many as wait. The kernel tells how long: the time in which a
-connection waited in the queue itself counts.
+An idle connection costs nobody anything until then. Then those that were idle for longer than
+--idleTimeout are ended, the longest idle first, as many as wait. The kernel tells how long: the
+time in which a connection waited in the queue itself counts.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ C = TypeVar("C", bound=Idler)
 
 
 class Crowd(Protocol[C]):
-    """What making room may see of those who hold workers and those who wait for one."""
+    """What making room may see of those who are connected and those who would like to be."""
 
-    def count_waiting(self) -> int:
-        """Connections in the backlog that no process of the server has a free worker for."""
+    def count_backlog(self) -> int:
+        """Connections in the backlog that no process of the server has room for."""
 
-    def holders(self) -> Iterable[C]:
-        """The connections that hold the workers of this process."""
+    def open_connections(self) -> Iterable[C]:
+        """The connections of this process."""
 
-    def warn_full(self, waiting: int) -> None:
+    def warn_crowded(self, waiting: int) -> None:
         """Says that so many wait, if this process is the one to say it."""
 
     def end_idle(self, connection: C) -> None:
@@ -39,8 +38,8 @@ class Crowd(Protocol[C]):
 
 
 class Room(Generic[C]):
-    """Makes room in one of `processes` serving processes; make() is called by its sweep while every
-    worker of it is taken."""
+    """Makes room in one of `processes` serving processes; make() is called by its sweep while it
+    has as many connections as it may."""
 
     def __init__(self, crowd: Crowd[C], processes: int, idle_timeout_s: float) -> None:
         self._crowd = crowd
@@ -49,23 +48,25 @@ class Room(Generic[C]):
         self._look_at = 0.0  # none that was there can have been idle for long enough before
 
     def note_arrival(self) -> None:
-        """A connection got a worker; it may have waited for longer than any other idles."""
+        """A connection came in; it may have waited for longer than any other idles."""
         self._look_at = 0.0
 
     def make(self, now: float) -> None:
         """Warns that connections wait, if they do, and ends idle ones in their favour."""
-        waiting = self._crowd.count_waiting()
+        waiting = self._crowd.count_backlog()
         if not waiting:
             return
-        self._crowd.warn_full(waiting)
+        self._crowd.warn_crowded(waiting)
         if now >= self._look_at:
-            # Every process of a full server does this: together they end as many as wait.
+            # Every process of a crowded server does this: together they end as many as wait.
             self._end_idle(now, -(-waiting // self._processes))
 
     def _end_idle(self, now: float, wanted: int) -> None:
         """Ends up to `wanted` connections. Asking the kernel about each takes 1 us or two, so it is
         not done before one of them can be due."""
-        asked = [(connection.idle_for_s(), connection) for connection in self._crowd.holders()]
+        asked = [
+            (connection.idle_for_s(), connection) for connection in self._crowd.open_connections()
+        ]
         idle = [(idle_s, connection) for idle_s, connection in asked if idle_s is not None]
         idle.sort(key=lambda pair: pair[0], reverse=True)
         due = [connection for idle_s, connection in idle if idle_s > self._idle_timeout_s]

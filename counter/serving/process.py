@@ -16,7 +16,7 @@ import gevent
 from gevent import monkey
 from gevent.event import Event
 
-from counter.options.server import ServerSettings
+from counter.options.server import DEFAULT_CONNECTIONS, ServerSettings
 from counter.processes.orders import Order, Orders
 from counter.processes.slots import Slots
 from counter.serving.server import CounterServer
@@ -39,6 +39,7 @@ class ServingProcess:
         index: int = 0,
         certificates: Certificates | None = None,
         orders: Orders | None = None,
+        most_connections: int = DEFAULT_CONNECTIONS,
     ) -> None:
         self.settings = settings
         self.listener = listener
@@ -47,6 +48,7 @@ class ServingProcess:
         self.workers = workers
         self.index = index
         self.certificates = certificates
+        self.most_connections = most_connections
         self._orders = orders
         self.server: CounterServer | None = None
         self._stop: Any = None  # events, which are made when gevent is there
@@ -69,6 +71,7 @@ class ServingProcess:
             self.slots,
             self.index,
             self.certificates,
+            self.most_connections,
         )
         server.start()
         self.on_start()

@@ -1,8 +1,9 @@
-"""One serving process: accepting, workers, deadlines, drain.
+"""One serving process: accepting, its connections and workers, deadlines, drain.
 
-CounterServer is a StreamServer on plain sockets whose Pool holds one Connection for each worker
-that is taken. What happens on a connection is connection.py's; what the processes of a server are
-to each other is the master's (processes/master.py).
+CounterServer is a StreamServer on plain sockets whose Pool holds those Connections that have a
+worker. One watcher of the loop stands for all of them: it has the engine take and answer what is
+ready (counter/turn), and what is to be decided is a connection's (connection.py). What the
+processes of a server are to each other is the master's (processes/master.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import gevent
@@ -21,7 +22,7 @@ from gevent.event import Event
 from gevent.pool import Pool
 from gevent.server import StreamServer
 
-from counter.options.server import ServerSettings
+from counter.options.server import DEFAULT_CONNECTIONS, ServerSettings
 from counter.options.values import Seconds
 from counter.processes.slots import (
     BACKLOG,
@@ -33,26 +34,33 @@ from counter.processes.slots import (
     REASONS,
     REFUSED,
     STARTS,
+    WAITING,
+    WAITING_SINCE_MS,
     WORKERS,
     WORKERS_TAKEN,
     Slots,
+    to_ms,
 )
-from counter.serving.additions import Additions, Asker, Turn
-from counter.serving.connection import Connection
-from counter.serving.deadlines import FrameDeadlines
+from counter.serving.additions import Additions, InMemory
+from counter.serving.connection import Connection, State
+from counter.serving.deadlines import Deadlines
 from counter.serving.ending import Ending
 from counter.serving.group_commit import GroupCommit
 from counter.serving.idle import Room
 from counter.serving.linger import Lingering
 from counter.serving.outage import Outage
-from counter.system.accepting import PausingServer
+from counter.serving.workers import Workers
+from counter.system.accepting import ACCEPT_PAUSE_S, PausingServer
+from counter.system.libev import READ
 from counter.system.log import LimitedLog
 from counter.system.sockets import waiting_connections
 from counter.tls.certificates import Certificates
 from counter.tls.snapshot import CertificateError
 from counter.totals.counter import Counter
 from counter.totals.store import Store
-from protocol import Batch, Decoder
+from counter.turn.engine import Engine
+from counter.turn.library import choose, load
+from protocol import BadFrame, Decoder
 
 if TYPE_CHECKING:
     import ssl  # which the master must not load before it forks
@@ -74,23 +82,21 @@ _log = logging.getLogger("server")
 
 
 class CounterServer(PausingServer, StreamServer):
-    """Serves one Counter on one listening socket, to as many connections as it has workers.
+    """Serves one Counter on one listening socket: `workers` connections at once, which take turns
+    where more are open, and `most_connections` are at most.
 
-    `listener` is a socket from listen(). start() serves, drain() ends: it
-    answers what has arrived, within a deadline. Use it where gevent's hub runs.
+    `listener` is a socket from listen(). start() serves, drain() ends: it answers what has arrived,
+    within a deadline. Use it where gevent's hub runs.
 
-    It is the Host of its connections, and the Crowd in which room is made.
+    It is the Host of its connections, and the Crowd in which room is made and commits are answered.
     """
 
     # gevent's stubs leave out what a server on plain sockets and bare watchers needs of them.
     hub: Any
     loop: Any
+    full: Any
     pool: Any
     socket: Any
-
-    ask: Callable[[Asker, int, Batch | None], None]
-    commit: Callable[[], None]
-    decode: Callable[[bytes], tuple[Batch, bytes]]
 
     def __init__(
         self,
@@ -101,47 +107,83 @@ class CounterServer(PausingServer, StreamServer):
         slots: Slots | None = None,
         index: int = 0,
         certificates: Certificates | None = None,
+        most_connections: int = DEFAULT_CONNECTIONS,
     ) -> None:
         self.hub = gevent.get_hub()
         self.slots = Slots(1) if slots is None else slots
         self.index = index
         self.slot = self.slots[index]
         self.limited_log = LimitedLog(_log)
-        decoder = make_decoder(settings.max_increment)
-        self.table, self.decode = decoder.table, decoder.decode
+        name, _ = choose(settings.engine)
+        self._decoder = make_decoder(settings.max_increment, name == "plain" or bool(certificates))
+        self.engine = make_engine(name, self._decoder)
         self.additions: Additions = (
             self._make_group(counter, settings)
             if isinstance(counter, Store)
-            else Turn(counter, self.slot)
+            else InMemory(counter, self.slot, self.engine)
         )
-        self.ask, self.commit = self.additions.ask, self.additions.commit
-        self.write_timeout_s = settings.write_timeout_s
-        self.deadlines: FrameDeadlines[Connection] = FrameDeadlines(settings.frame_timeout_s)
+        self.connections: dict[int, Connection] = {}  # by descriptor
+        self.most_connections = most_connections
+        self.frame_deadlines: Deadlines[Connection] = Deadlines(settings.frame_timeout_s)
+        self.write_deadlines: Deadlines[Connection] = Deadlines(settings.write_timeout_s)
         self._lingering = Lingering(self.hub.loop)
         self._room = Room(self, len(self.slots), settings.idle_timeout_s)
         self._certificates = certificates
         self._tls_context: ssl.SSLContext | None = None
         if certificates:
             self.load_certificates()
-        self._is_draining = False
+        self.is_draining = False
+        self._all_closed = Event()
         self._has_left_it = False  # what waits to be accepted was left to the others once
         if len(self.slots) > 1:
             self.max_accept = 1  # a burst is spread over the processes, not taken by the first
         super().__init__(listener, spawn=Pool(workers))
-        self._sweep_s = max(0.01, min(SWEEP_S, settings.frame_timeout_s / 4))
+        self.full = self.is_crowded  # whether nothing is accepted is not for the Pool to say
+        self.workers: Workers[Connection] = Workers(self.pool, self.loop, settings.slice_s)
+        shortest_s = min(settings.frame_timeout_s, settings.write_timeout_s)
+        self._sweep_s = max(0.01, min(SWEEP_S, shortest_s / 4))
         self._sweeper = self.loop.timer(self._sweep_s, self._sweep_s)
         self._swept_at = time.monotonic()
         self._has_slept = False
-        self._before_waiting = self.loop.prepare()
+        self._turns = self.loop.io(self.engine.fileno(), READ)
 
     def start(self) -> None:
         """Starts to serve; gives back at once."""
         super().start()
         self._sweeper.start(self._sweep)
-        self._before_waiting.start(self.commit)
+        self._turns.start(self._on_ready)
         self.slot[STARTS] += 1
         self.slot[PID] = os.getpid()
-        self.slot[WORKERS] = self.slot[MOST_CONNECTIONS] = self.pool.size
+        self.slot[WORKERS] = self.pool.size
+        self.slot[MOST_CONNECTIONS] = self.most_connections
+
+    def _on_ready(self) -> None:
+        """Serves all connections that are ready; runs in the loop and never waits."""
+        # gevent stops a watcher whose callback raises: all connections would hang for ever.
+        try:
+            self.additions.exchange()
+            self.decide_events()
+            self.additions.commit()
+            if self.workers.waiting:
+                self.workers.look()
+        except Exception:
+            self.failed(traceback.format_exc())
+
+    def decide_events(self) -> None:
+        """Has each connection act on what the engine has to tell of it."""
+        events = self.engine.events
+        while events:
+            told = events[:]
+            events.clear()
+            for kind, fd, data in told:
+                connection = self.connections.get(fd)
+                if connection is None:
+                    continue
+                try:
+                    connection.decide(kind, data)
+                except Exception:
+                    self.failed(traceback.format_exc())
+                    connection.cut(Ending.FAILED)
 
     def do_read(self) -> tuple[_socket.socket, Any] | None:  # type: ignore[override]
         """Accepts one connection as a plain non-blocking socket, or gives back None."""
@@ -165,11 +207,14 @@ class CounterServer(PausingServer, StreamServer):
     def _do_read(self) -> None:
         """Accepts what waits; leaves it to the other processes first if this one is ahead of them.
 
-        The kernel wakes whichever process waits, mostly the same one. One that has clearly more
-        connections than another with a free worker therefore waits a moment, once, before it
-        accepts: the others take the connection meanwhile, or it does after all.
+        The kernel wakes whichever process waits, mostly the same one. One that has more connections
+        than another therefore waits a moment, once, before it accepts: the others take the
+        connection meanwhile, or it does after all. One that has as many as it may accepts again
+        when one of them has ended.
         """
-        if not self._has_left_it and self._is_ahead():
+        if self.is_crowded():
+            self.stop_accepting()
+        elif not self._has_left_it and self._is_ahead():
             self._has_left_it = True
             self.pause_accepting(LEAVE_TO_OTHERS_S)
         else:
@@ -177,17 +222,42 @@ class CounterServer(PausingServer, StreamServer):
             super()._do_read()  # type: ignore[misc]  # gevent's stubs leave it out
 
     def _is_ahead(self) -> bool:
+        """Whether another process is to take what waits: clearly so while there are free workers
+        here, as leaving it costs a moment, and exactly once there are none."""
         fewest = self.slots.fewest_connections(but=self.index)
-        return fewest is not None and self.slot[CONNECTIONS] > fewest + max(4, fewest // 4)
+        if fewest is None:
+            return False
+        allowed = 0 if self.pool.full() else max(4, fewest // 4)
+        return bool(self.slot[CONNECTIONS] > fewest + allowed)
+
+    def is_crowded(self) -> bool:
+        """Whether as many connections are open as may be."""
+        return len(self.connections) >= self.most_connections
 
     def do_handle(self, *accepted: Any) -> None:
         """Hands an accepted connection to handle(), without starting a greenlet for it."""
         self.handle(*accepted)
 
     def handle(self, sock: _socket.socket, _address: Any) -> None:
-        """Gives a connection a worker; the base class accepts only while the Pool has one."""
-        self.pool.add(self._make_connection(sock))
+        """Takes a connection in, with a worker if one is free."""
+        connection = self._take_in(sock)
+        try:
+            self.workers.admit(connection)
+        except OSError as error:
+            self._warn_of_lack(error)
+            connection.state = State.CLOSED
+            self.workers.leave(connection)
+            self.note_closed(connection)
+            sock.close()
+            self.pause_accepting(ACCEPT_PAUSE_S)
         self._room.note_arrival()
+
+    def _take_in(self, sock: _socket.socket) -> Connection:
+        connection = self._make_connection(sock)
+        self.connections[connection.fd] = connection
+        self.slot[CONNECTIONS] += 1
+        self.slot[CONNECTIONS_TOTAL] += 1
+        return connection
 
     def _make_connection(self, sock: _socket.socket) -> Connection:
         if self._tls_context is None:
@@ -195,7 +265,7 @@ class CounterServer(PausingServer, StreamServer):
         # Here, so that a server without TLS loads nothing of it.
         from counter.serving.tls_connection import TlsConnection
 
-        return TlsConnection(self, sock, self._tls_context)
+        return TlsConnection(self, sock, self._tls_context, self._decoder)
 
     def _make_group(self, store: Store, settings: ServerSettings) -> GroupCommit:
         timeout_s = settings.store_timeout_s
@@ -210,63 +280,82 @@ class CounterServer(PausingServer, StreamServer):
                 name,
             )
 
-        return GroupCommit(store, self.slot, timeout_s, outage, note_loss)
+        engine, slot = self.engine, self.slot
+        return GroupCommit(store, slot, engine, self, timeout_s, outage, note_loss)
 
-    def failed(self) -> None:
-        """Logs the error that is being handled: a connection ends of it, the others do not."""
-        self.limited_log.warning("failed", "a connection failed: %s", traceback.format_exc())
+    def failed(self, detail: str) -> None:
+        """Logs an error of the program's own: a connection ends of it, the others do not."""
+        self.limited_log.warning("failed", "a connection failed: %s", detail)
+
+    def explain(self, frame: bytes) -> str:
+        """Why a frame is refused, in words."""
+        try:
+            self._decoder.verify(frame)
+        except BadFrame as bad:
+            return str(bad)
+        raise AssertionError(f"frame {frame.hex()} was refused and is accepted the second time")
 
     def refused(self, why: Ending, detail: str) -> None:
         """Counts and logs that a peer was turned away."""
         self.slot[REFUSED + REASONS.index(why.value)] += 1
         self.limited_log.warning(why.value, "a peer was refused: %s", detail)
 
-    def note_opened(self) -> None:
-        """Notes that a connection has begun."""
-        self.slot[CONNECTIONS] += 1
-        self.slot[WORKERS_TAKEN] += 1
-        self.slot[CONNECTIONS_TOTAL] += 1
-
-    def note_closed(self) -> None:
-        """Notes that a connection has ended."""
+    def note_closed(self, connection: Connection) -> None:
+        """A connection has ended: its descriptor is another's next."""
+        del self.connections[connection.fd]
         self.slot[CONNECTIONS] -= 1
-        self.slot[WORKERS_TAKEN] -= 1
+        if self.is_draining:
+            if not self.connections:
+                self._all_closed.set()
+        elif len(self.connections) == self.most_connections - 1:
+            self.start_accepting()
 
-    def free_worker(self, connection: Connection) -> None:
-        """Takes the worker back of a connection whose greenlet never ran."""
-        self.pool.discard(connection)
+    def withdraw(self, fd: int) -> None:
+        """Ends a connection without an answer to what waits for the store."""
+        if fd in self.connections:
+            self.connections[fd].withdraw()
 
     def linger(self, sock: _socket.socket) -> None:
         """Sends FIN, and closes the socket when its peer is quiet."""
         self._lingering.add(sock)
 
-    def count_waiting(self) -> int:
-        """Connections in the backlog; none that another process has a free worker for."""
+    def count_backlog(self) -> int:
+        """Connections in the backlog; none that another process has room for."""
         if self.slots.fewest_connections(but=self.index) is not None:
             return 0
         return waiting_connections(self.socket)
 
-    def holders(self) -> Iterable[Connection]:
-        """The connections that hold the workers of this process."""
-        connections: Iterable[Connection] = self.pool
-        return connections
+    def open_connections(self) -> Iterable[Connection]:
+        """The connections of this process."""
+        return self.connections.values()
 
-    def warn_full(self, waiting: int) -> None:
-        """Says, for all processes if it is the first of them, that so many wait for a worker."""
-        first = next(i for i in range(len(self.slots)) if self.slots[i][WORKERS])
-        if self.index == first:
+    def warn_crowded(self, waiting: int) -> None:
+        """Says, for all processes if it is the first of them, that so many wait in the backlog."""
+        if self._speaks_for_all():
+            self.limited_log.warning(
+                "crowded",
+                "all %d connections are open and %s in the backlog; raise --maxConnections",
+                self.slots.sum(MOST_CONNECTIONS),
+                "1 waits" if waiting == 1 else f"{waiting} wait",
+            )
+
+    def _warn_full(self) -> None:
+        waiting = self.slots.sum(WAITING)
+        if self._speaks_for_all():
             self.limited_log.warning(
                 "full",
-                "all %d workers are taken and %s; raise --multiplier to serve more at once",
+                "all %d workers are taken and %s, taking turns; "
+                "raise --multiplier to serve more at once",
                 self.slots.sum(WORKERS),
                 "1 connection waits" if waiting == 1 else f"{waiting} connections wait",
             )
 
+    def _speaks_for_all(self) -> bool:
+        return self.index == next(i for i in range(len(self.slots)) if self.slots[i][WORKERS])
+
     def end_idle(self, connection: Connection) -> None:
         """Ends an idle connection in favour of one that waits."""
-        detail = f"{connection.peer()} was idle while others waited for a worker"
-        self.refused(Ending.IDLE, detail)
-        connection.end(Ending.IDLE)
+        connection.refuse(Ending.IDLE, "was idle while others waited for a connection")
 
     def _sweep(self) -> None:
         """Keeps the deadlines of all connections; runs in the loop."""
@@ -274,17 +363,37 @@ class CounterServer(PausingServer, StreamServer):
         if self._was_stopped(now):
             self._sweeper.again(self._sweep)  # the timer would make up for it at once
             return
-        for connection in self.deadlines.overdue(now):
-            connection.look()
-        for connection in self.deadlines.overdue(now):
-            self.refused(Ending.INCOMPLETE, f"{connection.peer()}: {connection.overdue()}")
-            connection.end(Ending.INCOMPLETE)
+        try:
+            self._judge(now)
+        except Exception:
+            self.failed(traceback.format_exc())
         self._lingering.sweep(now)
         self.additions.sweep(now)
-        if not self._is_draining:
+        self._note_gauges()
+        if self.workers.waiting:
+            self._warn_full()
+        if not self.is_draining:
             self.slot[BACKLOG] = waiting_connections(self.socket)
-            if self.pool.full():
+            if self.is_crowded():
                 self._room.make(now)
+
+    def _judge(self, now: float) -> None:
+        """Ends the connections whose deadlines are over, after a look for what they wait for."""
+        for connection in self.frame_deadlines.overdue(now):
+            connection.look()
+        self.decide_events()
+        for connection in self.frame_deadlines.overdue(now):
+            connection.refuse(Ending.INCOMPLETE, connection.overdue())
+        for connection in self.write_deadlines.overdue(now):
+            connection.judge_unread()
+        self.additions.commit()
+
+    def _note_gauges(self) -> None:
+        workers, slot = self.workers, self.slot
+        slot[WORKERS_TAKEN] = workers.taken
+        slot[WAITING] = workers.waiting
+        since = workers.waiting_since
+        slot[WAITING_SINCE_MS] = 0 if since is None else to_ms(since)
 
     def _was_stopped(self, now: float) -> bool:
         """Whether this process stood still (docker pause, SIGSTOP, a suspended machine).
@@ -324,32 +433,37 @@ class CounterServer(PausingServer, StreamServer):
         left is closed as it is. Afterwards nothing is added any more.
         """
         self.stop_accepting()
+        self.is_draining = True
         self.slot[WORKERS] = self.slot[MOST_CONNECTIONS] = 0
-        connections = [*self.pool, *self._accept_backlog()]
-        for connection in connections:
+        self._accept_backlog()
+        for connection in list(self.connections.values()):
             connection.drain()
+        self.decide_events()
         self.close()
-        self._is_draining = True
-        ending = gevent.spawn(self._join, connections)
+        ending = gevent.spawn(self._join)
         either: list[Any] = [ending, cut]
         deadline = time.monotonic() + timeout_s
         gevent.wait(either, timeout=timeout_s, count=1)
         if time.monotonic() - deadline > STOPPED_S:
             gevent.wait(either, timeout=STOPPED_S, count=1)  # as with a sweep
         ending.kill()
-        gevent.killall(connections)
+        for connection in list(self.connections.values()):
+            connection.cut(Ending.CUT)
         self._lingering.close()
         self.additions.close()
+        self.workers.close()
         self._sweeper.close()
-        self._before_waiting.close()
+        self._turns.close()
+        self.engine.close()
         self.limited_log.flush()
 
-    def _join(self, connections: Sequence[Connection]) -> None:
-        gevent.joinall(connections)
+    def _join(self) -> None:
+        if self.connections:
+            self._all_closed.wait()
         self._lingering.join()
 
-    def _accept_backlog(self) -> Iterable[Connection]:
-        """Every connection that waits for a worker; a failure to accept ends it."""
+    def _accept_backlog(self) -> None:
+        """Takes in every connection that waits; a failure to accept ends it."""
         while True:
             try:
                 accepted = self.do_read()
@@ -358,12 +472,26 @@ class CounterServer(PausingServer, StreamServer):
                 return
             if not accepted:
                 return
-            yield self._make_connection(accepted[0])
+            self._take_in(accepted[0])
 
 
-def make_decoder(max_amount: int) -> Decoder:
-    """This process's decoder. It imports NumPy, which no process may that is still to fork."""
+def make_decoder(max_amount: int, decodes: bool) -> Decoder:
+    """This process's decoder. One that has frames to decode, and not just to explain, imports
+    NumPy, which no process may that is still to fork."""
+    if not decodes:
+        return Decoder(max_amount)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from counter.turn.vector import VectorDecoder
 
     return VectorDecoder(max_amount)
+
+
+def make_engine(name: str, decoder: Decoder) -> Engine:
+    """The engine of that name, on a decoder that has its limit."""
+    if name == "compiled":
+        from counter.turn.compiled import CompiledEngine
+
+        return CompiledEngine(load(), decoder.max_amount)
+    from counter.turn.plain import PlainEngine
+
+    return PlainEngine(decoder)

@@ -1,49 +1,110 @@
 """A connection under TLS: what connection.py does, with a Session between it and the socket.
 
-The handshake is served by the same callback as frames, as its bytes arrive: it holds a worker but
-neither the accept loop nor a greenlet, and is bounded by the frame deadline. Afterwards frames are
-decrypted together and decoded together, and the replies of a turn are one record: pipelining and
-batching stay. A refused handshake ends with an alert and FIN, so that the peer learns the reason.
+The engine tells that there is something to read; it is read, decrypted and decoded here. The
+handshake is served in the same way, as its bytes arrive, and is bounded by the frame deadline.
+Frames that come in one read are one addition, and their replies one record: pipelining and batching
+stay. A refused handshake ends with an alert and FIN, so that the peer learns the reason.
 """
 
 from __future__ import annotations
 
 import _socket
 import ssl
+import time
+from contextlib import suppress
 
-from counter.serving.connection import LARGE_READ, Connection, Host
+from counter.serving.connection import Connection, Host, State
 from counter.serving.ending import Ending
 from counter.tls.session import Session, TlsError
+from counter.turn.engine import Interest, Kind
+from counter.turn.plain import LARGE_READ, BatchTurn
+from protocol import MAX_UNREAD_FRAMES, BadFrame, Decoder
+
+
+class _Asker:
+    """What a turn may ask of a connection under TLS, until what it asked for is void."""
+
+    __slots__ = ("connection", "fd", "is_live", "owed", "tells")
+
+    def __init__(self, connection: TlsConnection) -> None:
+        self.connection = connection
+        self.fd = connection.fd
+        self.is_live = True
+        self.owed = 0
+        self.tells = False
+
+    def reply(self, data: bytes) -> None:
+        self.connection.send(data)
+
+    def tell(self, kind: Kind, data: bytes = b"") -> None:
+        self.connection.host.engine.events.append((kind, self.fd, data))
+
+    def owe(self, frames: int) -> None:
+        self.owed += frames
+        if self.owed >= MAX_UNREAD_FRAMES and not self.tells:
+            self.tells = True
+            self.tell(Kind.FULL)
+
+    def settle(self, frames: int) -> None:
+        self.owed -= frames
+        if not self.owed and self.tells:
+            self.tells = False
+            self.tell(Kind.ANSWERED)
 
 
 class TlsConnection(Connection):
     """One peer under TLS. `unsent` holds bytes of the wire, as everywhere."""
 
-    __slots__ = ("session",)
+    __slots__ = ("asker", "decoder", "left", "read_at", "rest", "session")
 
-    def __init__(self, host: Host, sock: _socket.socket, context: ssl.SSLContext) -> None:
+    interest = Interest.BYTES
+
+    def __init__(
+        self, host: Host, sock: _socket.socket, context: ssl.SSLContext, decoder: Decoder
+    ) -> None:
         self.session = Session(context)
+        self.decoder = decoder
         super().__init__(host, sock)
-        host.deadlines.begin(self)
+        self.asker = _Asker(self)
+        self.rest = b""  # the bytes of an incomplete frame
+        self.left = -1  # bytes that are still to be read; below 0: without an end
+        self.read_at = 0.0
+        host.frame_deadlines.begin(self)
 
-    def on_readable(self) -> None:
-        """Takes what has arrived; runs in the loop and never waits."""
+    def last_read_at(self) -> float:
+        return self.read_at
+
+    def on_ready(self, data: bytes) -> None:
+        if self.state in (State.SERVED, State.DRAINING) and not self.unsent:
+            self.read()
+        else:
+            super().on_ready(data)
+
+    def limit(self, count: int) -> None:
+        self.left = count
+
+    def read(self) -> None:
+        """Takes what has arrived."""
+        size = LARGE_READ if self.left < 0 else min(self.left, LARGE_READ)
         try:
-            data = self.sock.recv(LARGE_READ)
+            data = self.sock.recv(size)
         except BlockingIOError:
             return
         except OSError:
-            data = b""
-        try:
-            self.take(data)
-        except Exception:
-            self.fail()
+            self.on_reset(b"")
+            return
+        self.read_at = time.monotonic()
+        if not data:
+            self.end(Ending.GONE)
+            return
+        self.take(data)
+        if self.left >= 0:
+            self.left -= len(data)
+            if not self.left:
+                self.end(Ending.DRAIN)
 
     def take(self, data: bytes) -> None:
-        """Takes bytes of the wire, or notes that the peer has ended."""
-        if not data:
-            super().take(b"")
-            return
+        """Takes bytes of the wire."""
         session = self.session
         before = session.handshaken
         try:
@@ -55,9 +116,9 @@ class TlsConnection(Connection):
             return
         if answer := session.outgoing():
             self.transmit(answer)
-        if not session.handshaken or self.ending is Ending.GONE:
+        if not session.handshaken or self.state is State.CLOSED:
             return
-        deadlines = self.host.deadlines
+        deadlines = self.host.frame_deadlines
         began_at = None
         if not self.rest and (frames or not before or not session.is_within_record()):
             # Of the handshake, or of a record that is whole now.
@@ -69,27 +130,62 @@ class TlsConnection(Connection):
         if self.ending is not None:
             return
         if session.ended:
-            # What came before is answered while the socket is there.
-            self.host.commit()
-            super().take(b"")
+            self.end(Ending.GONE)
         elif session.is_within_record():
             # A frame begins with the record that holds it.
             deadlines.begin_unless_begun(self)
 
+    def decode(self, data: bytes) -> None:
+        """Verifies all whole frames, has them added, and keeps the rest."""
+        had_begun = bool(self.rest)
+        refusal: tuple[Ending, str] | None = None
+        try:
+            batch, self.rest = self.decoder.decode(self.rest + data)
+        except BadFrame as bad:
+            batch, self.rest = bad.batch, b""
+            refusal = Ending(bad.reason), str(bad)  # not the error: its traceback holds this frame
+        if self.rest:
+            if batch or not had_begun:
+                self.host.frame_deadlines.begin(self)
+        elif had_begun:
+            self.host.frame_deadlines.end(self)
+        if batch:
+            self.host.additions.ask(BatchTurn([(self.asker, batch.sum(), batch)]))
+        if refusal is not None:
+            self.refuse(*refusal)
+
     def send(self, replies: bytes) -> None:
-        """Encrypts replies and hands them to the kernel; what it does not take is in `unsent`."""
+        """Encrypts replies and hands them to the kernel."""
         # A session that was refused cannot encrypt any more; its peer is told why and no total.
         if self.ending is not Ending.TLS:
             self.transmit(self.session.encrypt(replies))
 
+    def owed(self) -> int:
+        return self.asker.owed
+
+    def tell_answered(self) -> None:
+        self.asker.tells = True
+
+    def void(self) -> None:
+        self.asker.is_live = False
+        if self.asker.owed:
+            self.host.additions.note_void()
+        self.asker = _Asker(self)
+
     def overdue(self) -> str:
-        """What the frame deadline has ended, for the log."""
         if not self.session.handshaken:
             return "no TLS handshake in time"
-        return super().overdue() if self.rest else "a TLS record stopped"
+        if self.rest:
+            return f"a frame stopped after {len(self.rest)} bytes"
+        return "a TLS record stopped"
 
     def release(self) -> None:
         """Says that nothing more comes, where the peer may still read it."""
-        if (self.lingers() or self.session.ended) and not self.unsent:
-            self.transmit(self.session.farewell())
+        if self.state is State.CLOSED:
+            return
+        lingers = self.ending is not None and self.ending.lingers
+        if (lingers or self.session.ended) and not self.unsent:
+            with suppress(OSError):
+                self.sock.send(self.session.farewell())
         super().release()
+        del self.asker  # or both would live until the collector comes

@@ -38,6 +38,12 @@ class AdminServer(ServerCommand):
         (value,) = [line.split()[-1] for line in lines if line.startswith(name + " ")]
         return float(value)
 
+    def metrics(self) -> dict[str, float]:
+        """All metrics without labels, of one moment."""
+        lines = [line.split() for line in self.get("metrics")[1].splitlines()]
+        plain = [line for line in lines if line[0] != "#" and "{" not in line[0]]
+        return {name: float(value) for name, value in plain}
+
     def http(self) -> socket.socket:
         """A connection to the admin port."""
         return connect_http(self.admin_address)

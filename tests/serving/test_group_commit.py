@@ -1,6 +1,6 @@
 """Group commit over a store in the test's hand: who is in which commit, and what becomes of it.
 
-Time is what the test says it is: sweep() is given it.
+Time is what the test says it is: sweep() is given it, and what is asked is stamped with it.
 """
 
 from __future__ import annotations
@@ -10,21 +10,26 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import count
+from typing import Any, Final, cast
 
 import gevent
 import gevent.event
 import pytest
 
-from counter.processes.slots import REQUESTS, TOTAL, TOTAL_AT_MS, Slots
-from counter.serving import group_commit
+from counter.processes.slots import READS, REQUESTS, TOTAL, TOTAL_AT_MS, Slots
+from counter.serving import group_commit, waiting
 from counter.serving.group_commit import SILENT_S, GroupCommit
 from counter.totals.store import Found, InDoubt, Store, StoreAway
+from counter.turn.engine import Engine, Event, Kind
+from counter.turn.plain import BatchTurn, Part
 from kit.harness import PATIENCE_S
 from protocol import Batch, decode_totals
 
 TIMEOUT_S = 10.0
 TOP = 2**64
+
+_descriptors: Final = count(100)
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -138,29 +143,31 @@ class WaitingStore(FakeStore):
 
 
 class FakeConnection:
-    """What group commit knows of a connection; keeps what it was told."""
+    """A connection as a turn knows it, which asks until it is withdrawn; keeps what it was told."""
 
     def __init__(self) -> None:
+        self.fd = next(_descriptors)
+        self.is_live = True
         self.owed = 0
         self.replies = b""
         self.withdrawn = False
         self.failures = 0
+        self.events: list[Event] = []  # the engine's, from when it first asks
 
-    def send(self, replies: bytes) -> None:
-        self.replies += replies
+    def reply(self, data: bytes) -> None:
+        self.replies += data
 
-    def answered(self, frames: int) -> None:
+    def tell(self, kind: Kind, data: bytes = b"") -> None:
+        self.events.append((kind, self.fd, data))
+
+    def settle(self, frames: int) -> None:
         self.owed -= frames
 
     def owe(self, frames: int) -> None:
         self.owed += frames
 
-    def withdraw(self) -> None:
-        self.owed = 0
-        self.withdrawn = True
-
-    def fail(self) -> None:
-        self.failures += 1
+    def void(self) -> None:
+        self.is_live = False
         self.owed = 0
 
     @property
@@ -169,10 +176,49 @@ class FakeConnection:
 
 
 class Unsendable(FakeConnection):
-    """Its peer's socket fails in a way that nobody has thought of."""
+    """Sending to its peer raises what nobody expects."""
 
-    def send(self, replies: bytes) -> None:
+    def reply(self, data: bytes) -> None:
         raise RuntimeError("a bug")
+
+
+class FakeEngine:
+    """Nothing is ever ready; has the events of those that ask."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def each_turn(self, take: Callable[[BatchTurn], None]) -> None:
+        """Gives nothing."""
+
+
+class FakeCrowd:
+    """Ends connections as a server does: what they asked is void, which the group is told."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.connections: dict[int, FakeConnection] = {}
+        self.note_void: Callable[[], None] = lambda: None
+
+    def admit(self, connection: FakeConnection) -> None:
+        self.connections[connection.fd] = connection
+        connection.events = self.engine.events
+
+    def withdraw(self, fd: int) -> None:
+        self.connections[fd].withdrawn = True
+        self.end(fd)
+
+    def decide_events(self) -> None:
+        while self.engine.events:
+            _, fd, _ = self.engine.events.pop(0)
+            self.connections[fd].failures += 1
+            self.end(fd)
+
+    def end(self, fd: int) -> None:
+        """Without an answer to what it is owed."""
+        if self.connections[fd].owed:
+            self.connections[fd].void()
+            self.note_void()
 
 
 class Outage:
@@ -200,19 +246,36 @@ class Bench:
         self.store = store
         self.slot = Slots(1)[0]
         self.said: list[str] = []
+        self.engine = FakeEngine()
+        self.crowd = FakeCrowd(self.engine)
         self.group = GroupCommit(
             store,
             self.slot,
+            cast(Engine, self.engine),
+            self.crowd,
             TIMEOUT_S,
             Outage(self.said),
             lambda: self.said.append("loss"),
         )
-        self.now = time.monotonic()
+        self.crowd.note_void = self.group.note_void
+        # Whole seconds, so that a deadline is met to the last bit.
+        self.began_at = self.now = time.monotonic() // 1
         self.before_waiting = gevent.get_hub().loop.prepare()
         self.before_waiting.start(self.group.commit)
 
+    def monotonic(self) -> float:
+        """The clock that what is asked is stamped by: the moment of the last sweep_after()."""
+        return self.now
+
     def ask(self, connection: FakeConnection, amount: int, batch: Batch | None = None) -> None:
-        self.group.ask(connection, amount, batch)
+        self.ask_together((connection, amount, batch))
+
+    def ask_together(self, *parts: tuple[FakeConnection, int, Batch | None]) -> None:
+        """All that is asked is one turn."""
+        for connection, _, _ in parts:
+            self.crowd.admit(connection)
+        turn: list[Part] = list(parts)
+        self.group.ask(BatchTurn(turn))
 
     def ask_and_begin(self, connection: FakeConnection, amount: int) -> None:
         """Asks, and waits until the commit is under way that holds it; the store is held."""
@@ -223,7 +286,8 @@ class Bench:
 
     def sweep_after(self, seconds: float) -> None:
         """The sweep so long after the test began."""
-        self.group.sweep(self.now + seconds)
+        self.now = self.began_at + seconds
+        self.group.sweep(self.now)
 
     def wait_until_answered(self, *connections: FakeConnection) -> None:
         wait_for(lambda: not any(each.owed for each in connections), "all are answered")
@@ -244,6 +308,7 @@ def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(group_commit, "FIRST_DELAY_S", 0.001)
     monkeypatch.setattr(group_commit, "LAST_DELAY_S", 0.004)
     bench = Bench(request.param())
+    monkeypatch.setattr(waiting, "time", bench)
     yield bench
     bench.close()
 
@@ -315,6 +380,7 @@ def test_every_frame_of_a_batch_gets_its_own_total(
     assert one.totals == [TOP - 1, TOP - 1, 4]
     assert two.totals == [11]
     assert bench.slot[REQUESTS] == 4
+    assert bench.slot[READS] == 2
 
 
 def test_many_rounds_of_many_connections_number_all_requests(bench: Bench) -> None:
@@ -472,8 +538,8 @@ def test_what_waits_and_what_is_under_way_is_withdrawn_in_time_and_the_commit_go
     bench: Bench, one: FakeConnection, two: FakeConnection, three: FakeConnection
 ) -> None:
     bench.ask_and_begin(one, 1)
-    bench.ask(two, 2)
     bench.sweep_after(1)
+    bench.ask(two, 2)
     bench.sweep_after(TIMEOUT_S - 0.1)
     assert [one.withdrawn, two.withdrawn] == [False, False]
     bench.sweep_after(TIMEOUT_S + 0.9)
@@ -494,10 +560,10 @@ def test_whoever_came_later_waits_as_long_as_the_others(
 ) -> None:
     """Withdrawing the first does not give the second its time anew."""
     bench.ask_and_begin(three, 100)
-    bench.ask(one, 1)
     bench.sweep_after(5)
-    bench.ask(two, 2)
+    bench.ask(one, 1)
     bench.sweep_after(8)
+    bench.ask(two, 2)
     bench.sweep_after(5 + TIMEOUT_S)
     assert one.withdrawn
     assert not two.withdrawn
@@ -530,9 +596,8 @@ def test_time_spent_in_a_commit_that_failed_counts(
 ) -> None:
     bench.store.faults += ["full", *["away"] * 10_000]
     bench.ask_and_begin(one, 1)
-    bench.sweep_after(1)
-    bench.ask(two, 2)
     bench.sweep_after(5)
+    bench.ask(two, 2)
     bench.store.let_go()
     wait_for(lambda: len(bench.store.calls) > 2, "the store is tried again")
     bench.sweep_after(TIMEOUT_S + 1)
@@ -569,6 +634,34 @@ def test_nothing_more_is_added_for_a_connection_whose_commit_stays_unknown(
     bench.wait_until_answered(two)
     assert one.withdrawn
     assert bench.store.taken == [1, 100]
+
+
+def test_who_is_gone_while_it_waits_is_not_added_and_the_rest_of_its_turn_is(
+    bench: Bench, one: FakeConnection, two: FakeConnection, three: FakeConnection
+) -> None:
+    bench.ask_and_begin(three, 100)
+    bench.ask_together((one, 1, None), (two, 7, Batch([2, 5])))
+    bench.crowd.end(one.fd)
+    bench.store.let_go()
+    bench.wait_until_answered(two, three)
+    assert bench.store.taken == [100, 7]
+    assert two.totals == [102, 107]
+    assert not one.replies
+    assert [bench.slot[REQUESTS], bench.slot[READS]] == [3, 2]
+
+
+def test_who_is_gone_while_its_commit_is_under_way_is_added_and_not_answered(
+    bench: Bench, one: FakeConnection, two: FakeConnection
+) -> None:
+    bench.store.hold()
+    bench.ask_together((one, 1, None), (two, 2, None))
+    wait_for(lambda: bench.store.taken == [3], "the commit is under way")
+    bench.crowd.end(one.fd)
+    bench.store.let_go()
+    bench.wait_until_answered(two)
+    assert two.totals == [3]
+    assert not one.replies
+    assert bench.slot[REQUESTS] == 1
 
 
 # Errors and the end.

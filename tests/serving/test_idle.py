@@ -1,4 +1,5 @@
-"""Idle connections give their workers up: only while others wait, the longest idle first."""
+"""Idle connections end in favour of others: only while as many are open as may be and others wait
+in the backlog, the longest idle first."""
 
 from __future__ import annotations
 
@@ -16,20 +17,23 @@ import pytest
 from kit.harness import Peer, ServerCommand, children, peers
 from protocol import encode_frame
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 ONE = encode_frame(1)
-IDLE = "was idle while others waited for a worker"
+IDLE = "was idle while others waited for a connection"
 
 
 def room(
     *arguments: str, workers: int = 1, processes: int = 1, idle: str = "600ms"
 ) -> ServerCommand:
-    return ServerCommand(
-        *("--idleTimeout", idle, "--processes", str(processes), *arguments), workers=workers
-    )
+    """A server that has as many connections as workers, and no more."""
+    limits = ("--idleTimeout", idle, "--processes", str(processes))
+    most = ("--maxConnections", str(workers))
+    return ServerCommand(*limits, *most, *arguments, workers=workers)
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_idle_connections_keep_their_workers_while_nobody_waits(processes: int) -> None:
+def test_idle_connections_stay_while_nobody_waits(processes: int) -> None:
     with room(workers=4, processes=processes, idle="200ms") as server:
         with peers(server.address, 4) as idle:
             for peer in idle:
@@ -41,7 +45,7 @@ def test_idle_connections_keep_their_workers_while_nobody_waits(processes: int) 
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_idle_connections_keep_their_workers_while_one_is_free(processes: int) -> None:
+def test_idle_connections_stay_while_there_is_room(processes: int) -> None:
     with room(workers=4, processes=processes, idle="200ms") as server:
         with peers(server.address, 3) as idle:
             for peer in idle:
@@ -72,7 +76,7 @@ def test_the_longest_idle_goes_first_and_no_more_than_wait() -> None:
         server.error_line_with(IDLE)
 
 
-def test_one_that_goes_on_keeps_its_worker_while_others_wait() -> None:
+def test_one_that_goes_on_stays_while_others_wait() -> None:
     with room(idle="400ms") as server, server.connect() as busy, server.connect() as waiting:
         waiting.send(ONE)
         for total in range(1, 13):
@@ -108,7 +112,7 @@ def test_what_was_idle_in_the_backlog_counts() -> None:
         started = time.monotonic()
         busy.close()
         assert waiting.totals(1) == [2]
-        assert time.monotonic() - started < 1.5, "it was idle before it had its worker"
+        assert time.monotonic() - started < 1.5, "it was idle before it was accepted"
         silent.expect_eof()
 
 
@@ -165,7 +169,7 @@ def test_a_connection_whose_replies_are_not_read_is_not_idle() -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("speaks_first", [False, True])
-def test_twice_as_many_idle_connections_as_workers_keep_nobody_out(
+def test_twice_as_many_idle_connections_as_may_be_keep_nobody_out(
     processes: int, speaks_first: bool
 ) -> None:
     workers, idle_s = 30, 1.0

@@ -63,7 +63,7 @@ def tls_server(
 
 
 @pytest.fixture(scope="module", params=["0", "2"])
-def shared(request: pytest.FixtureRequest) -> Iterator[ServerCommand]:
+def shared(each_engine: str, request: pytest.FixtureRequest) -> Iterator[ServerCommand]:
     """A server for tests that read the total before and after what they do."""
     with tls_server("--frameTimeout", "400ms", "--processes", request.param) as server:
         yield server
@@ -398,13 +398,13 @@ def test_the_library_is_served_under_tls_and_pipelines() -> None:
 
 
 def test_the_library_connects_anew_after_the_server_closed_an_idle_connection() -> None:
-    with tls_server("--idleTimeout", "300ms", workers=1) as server:
+    with tls_server("--idleTimeout", "300ms", "--maxConnections", "1", workers=1) as server:
         with CounterClient(server.address, tls=trusting()) as counter:
             assert counter.add(5) == 5
             with TlsPeer(server.address) as other:
                 assert other.add(0) == 5
             assert counter.add(1) == 6
-            server.error_line_with("was idle while others waited for a worker")
+            server.error_line_with("was idle while others waited for a connection")
 
 
 def test_the_library_connects_anew_to_a_server_that_was_restarted() -> None:

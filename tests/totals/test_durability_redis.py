@@ -31,7 +31,10 @@ from kit.harness import Command, ServerCommand, children, peers, wait_until
 from kit.redis_server import RedisServer, free_port
 from protocol import encode_frame
 
-pytestmark = pytest.mark.timeout(900 if LONG else 120)
+pytestmark = [
+    pytest.mark.timeout(900 if LONG else 120),
+    pytest.mark.usefixtures("each_engine"),
+]
 
 
 @pytest.fixture

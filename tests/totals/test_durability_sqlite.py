@@ -33,7 +33,10 @@ from kit.faults import (
 from kit.harness import Command, wait_until
 from protocol import encode_frame
 
-pytestmark = pytest.mark.timeout(900 if LONG else 120)
+pytestmark = [
+    pytest.mark.timeout(900 if LONG else 120),
+    pytest.mark.usefixtures("each_engine"),
+]
 
 
 @pytest.fixture
