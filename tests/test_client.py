@@ -190,8 +190,8 @@ def test_a_load_process_has_no_threads() -> None:
             assert b"numpy" in Path(f"/proc/{load}/maps").read_bytes()
 
 
-def test_more_connections_than_workers_are_errors_that_are_reported() -> None:
-    with ServerCommand(workers=2) as server:
+def test_connections_that_are_not_accepted_are_errors_that_are_reported() -> None:
+    with ServerCommand("--maxConnections", "2", workers=2) as server:
         code, shown = run_client(
             server.address, *SHORT, "--connections", "3", "--processes", "1", "--timeout", "300ms"
         )
@@ -513,7 +513,7 @@ def test_a_peer_that_closes_without_an_answer_is_no_server_to_load() -> None:
 
 
 def test_errors_within_their_threshold_are_exit_0() -> None:
-    with ServerCommand(workers=2) as server:
+    with ServerCommand("--maxConnections", "2", workers=2) as server:
         arguments = (*SHORT, "--connections", "3", "--processes", "1", "--timeout", "300ms")
         code, shown = run_client(server.address, *arguments, "--threshold", "errors<99%")
         assert code == 0, shown

@@ -1,7 +1,7 @@
 """How a load process hears from its connections: all of them in an epoll of their own, which the
 loop watches as one descriptor, and one turn() for all that are ready.
 
-Two engines do the same, and tests/load/test_engines.py is what both pass. plain.py has each
+Two engines do the same, and tests/load/test_load_engines.py is what both pass. plain.py has each
 connection read and send for itself. compiled.py borrows those that wait for nothing but plain
 replies: one call of C reads, checks, measures and records what has come to all of them, and sends
 to them again. Whatever needs a decision is the connection's own, in both.

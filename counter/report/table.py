@@ -28,7 +28,7 @@ BEHIND_SHARE: Final = 0.01
 
 # What to do about an error, by the end of its kind.
 _NOTES: Final = {
-    "timeout": "no reply in time: has the server fewer workers than connections?",
+    "timeout": "no reply in time: is the store away, or --maxConnections reached?",
     os.strerror(errno.EMFILE).lower(): "raise the descriptor limit (ulimit -n), or lower "
     "--connections",
     os.strerror(errno.EADDRNOTAVAIL).lower(): "every local port is taken: lower --connections, or "

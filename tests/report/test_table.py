@@ -34,7 +34,7 @@ def test_the_table_has_every_row() -> None:
         "  errors    connection reset: 1,000, timeout: 2; outcome unknown: 1",
         "  total     1,000,000 before, 1,061,002 after",
         "  check     ok: 1 more than answered, within the 1 unknown",
-        "  note      no reply in time: has the server fewer workers than connections?",
+        "  note      no reply in time: is the store away, or --maxConnections reached?",
     ]
 
 
@@ -103,5 +103,5 @@ def test_a_proof_is_a_row_with_its_evidence_below() -> None:
         "  verify    impossible: two from one total",
         "            the first",
         "            the second",
-        "  note      no reply in time: has the server fewer workers than connections?",
+        "  note      no reply in time: is the store away, or --maxConnections reached?",
     ]
