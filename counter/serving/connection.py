@@ -88,6 +88,14 @@ class Connection:
         self.ending: Ending | None = None
         self.state = State.NEW
 
+    def abandon(self) -> None:
+        """Ends one that the engine could not take."""
+        self.state = State.CLOSED
+        self.host.workers.leave(self)
+        self.host.frame_deadlines.end(self)
+        self.host.note_closed(self)
+        self.sock.close()
+
     def decide(self, kind: int, data: bytes) -> None:
         """Acts on what the engine has to tell of this connection."""
         if self.state is not State.CLOSED:
@@ -310,6 +318,8 @@ class Connection:
         """Ends the connection after what its socket holds now is counted and answered."""
         if self.state is State.ENDING:
             return
+        if self.state is State.NEW:  # it was in the backlog
+            self.watch(Interest.NOTHING, State.PARKED)
         unread = unread_bytes(self.sock)
         if not unread:
             self.end(Ending.DRAIN)

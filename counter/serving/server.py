@@ -42,7 +42,7 @@ from counter.processes.slots import (
     to_ms,
 )
 from counter.serving.additions import Additions, InMemory
-from counter.serving.connection import Connection, State
+from counter.serving.connection import Connection
 from counter.serving.deadlines import Deadlines
 from counter.serving.ending import Ending
 from counter.serving.group_commit import GroupCommit
@@ -245,10 +245,7 @@ class CounterServer(PausingServer, StreamServer):
             self.workers.admit(connection)
         except OSError as error:
             self._warn_of_lack(error)
-            connection.state = State.CLOSED
-            self.workers.leave(connection)
-            self.note_closed(connection)
-            sock.close()
+            connection.abandon()
             self.pause_accepting(ACCEPT_PAUSE_S)
         self._room.note_arrival()
 

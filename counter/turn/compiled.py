@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import _socket
+import errno
+import os
 from collections.abc import Callable, MutableSequence
 from typing import Any, Final
 
@@ -33,7 +35,7 @@ class CompiledEngine(Engine):
     def open(self, sock: _socket.socket, interest: Interest) -> None:
         fd = sock.fileno()
         if self.lib.turn_add(self.engine, fd):
-            raise MemoryError("no memory for a connection")
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         self.lib.turn_serve_frames(self.engine, fd, interest.is_served)
         self._epoll.register(fd, interest.mask)
 

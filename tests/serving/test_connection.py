@@ -130,7 +130,9 @@ class Bench:
         self.made: list[Connection] = []
 
     def connect(
-        self, make: Callable[[FakeHost, _socket.socket], Connection] = Connection
+        self,
+        make: Callable[[FakeHost, _socket.socket], Connection] = Connection,
+        is_admitted: bool = True,
     ) -> tuple[socket.socket, Connection]:
         peer = socket.create_connection(self.listener.getsockname(), 10)
         ours, _ = self.listener.accept()
@@ -139,7 +141,8 @@ class Bench:
         plain.setblocking(False)
         connection = make(self.host, plain)
         self.host.connections[connection.fd] = connection
-        self.host.workers.admit(connection)
+        if is_admitted:
+            self.host.workers.admit(connection)
         self.peers.append(peer)
         self.made.append(connection)
         return peer, connection
@@ -406,6 +409,17 @@ def test_a_drain_ends_one_that_has_nothing_unread_at_once(bench: Bench) -> None:
     assert holds(peer, 0)
 
 
+@pytest.mark.parametrize("frames", [0, 1])
+def test_a_drain_ends_one_that_comes_from_the_backlog(bench: Bench, frames: int) -> None:
+    peer, connection = bench.connect(is_admitted=False)
+    peer.sendall(ONE * frames)
+    wait_until(lambda: unread_bytes(connection.sock) == 16 * frames, "it has come")
+    bench.host.is_draining = True
+    connection.drain()
+    bench.until(lambda: bench.host.lingering, "it lingers")
+    assert bench.host.counter.total() == frames
+
+
 def test_a_drain_waits_for_replies_that_stay_and_reads_then(bench: Bench) -> None:
     peer, connection = bench.connect()
     sent = fill(bench, peer, connection)
@@ -433,6 +447,18 @@ def test_an_error_of_the_program_ends_its_connection_alone(bench: Bench) -> None
     first.on_failed(b"Traceback")
     assert bench.host.failures == ["Traceback"]
     assert (first.state, second.state) == (State.CLOSED, State.PARKED)
+
+
+def test_one_that_the_engine_cannot_take_leaves_nothing_behind(bench: Bench) -> None:
+    _, connection = bench.connect(tls, is_admitted=False)
+    bench.host.engine.close()  # so that nothing can be watched
+    with pytest.raises((OSError, ValueError)):
+        bench.host.workers.admit(connection)
+    connection.abandon()
+    assert connection.state is State.CLOSED
+    assert bench.host.workers.taken == 0
+    assert not bench.host.connections
+    assert not bench.host.frame_deadlines.overdue(float("inf"))
 
 
 def test_only_one_with_nothing_under_way_is_idle(bench: Bench) -> None:
