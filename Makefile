@@ -1,6 +1,7 @@
 # make demo      serve and load for ten seconds, and show both results
 # make test      lint, types and all tests
-# make quick     the same without the tests that have a long form: two thirds of the time
+# make quick     the same without the tests that have a long form: two thirds of the time; TESTS names
+#                files or folders where it shall be some of them alone
 # make bench     this server beside its rivals, in alternating rounds; writes docs/benchmarks.md
 # make chaos     the long forms of the tests: kills, stores that fail, hostile peers, fuzz, memory
 # make sanitize  the tests named by SANITIZE on a compiled engine that watches itself; in chaos too
@@ -32,7 +33,7 @@ test: lint types
 	$(BIN)/python -m pytest
 
 quick: lint types
-	$(BIN)/python -m pytest -k "not ($(CHAOS))"
+	$(BIN)/python -m pytest $(TESTS) -k "not ($(CHAOS))"
 
 lint: $(DEV)
 	$(BIN)/ruff check .
