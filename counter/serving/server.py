@@ -171,11 +171,9 @@ class CounterServer(PausingServer, StreamServer):
 
     def decide_events(self) -> None:
         """Has each connection act on what the engine has to tell of it."""
-        events = self.engine.events
-        while events:
-            told = events[:]
-            events.clear()
-            for kind, fd, data in told:
+        engine = self.engine
+        while engine.events:
+            for kind, fd, data in engine.told():
                 connection = self.connections.get(fd)
                 if connection is None:
                     continue

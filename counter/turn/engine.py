@@ -57,6 +57,9 @@ class Kind(IntEnum):
 Event = tuple[int, int, bytes]
 """A Kind, a descriptor, and the bytes that come with it."""
 
+# What ends a connection that may have asked for something just before.
+_ENDS: Final = frozenset((Kind.CHECKSUM, Kind.LIMIT, Kind.END, Kind.DRAINED))
+
 
 class Interest(Enum):
     """What a connection is watched for: the mask of epoll, and whether the engine serves it."""
@@ -113,7 +116,7 @@ class Turn(ABC):
 class Engine(ABC):
     """Reads and answers the connections of one process, which are named by their descriptors.
 
-    `events` is what is to be decided, in order; whoever calls takes it out of there.
+    `events` is what there is to decide, in the order in which it was found; see told().
     """
 
     name: str
@@ -121,6 +124,16 @@ class Engine(ABC):
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._epoll: Any = monkey.get_original("select", "epoll")()
+
+    def told(self) -> list[Event]:
+        """Takes what there is to decide out of `events`, in the order in which it is to be decided.
+
+        Ends come last: what was read with one is answered after it was found, and replies that the
+        kernel did not take would be lost with a connection that has ended.
+        """
+        told = sorted(self.events, key=_is_end)
+        self.events.clear()
+        return told
 
     def fileno(self) -> int:
         """What the loop is to watch: readable while a connection is ready."""
@@ -198,3 +211,7 @@ class Engine(ABC):
         """What receives, adds to a total in memory and answers as each_turn() would, without a call
         of Python's in between; None where this engine or this total has no such way."""
         return None
+
+
+def _is_end(event: Event) -> bool:
+    return event[0] in _ENDS

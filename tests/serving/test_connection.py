@@ -26,7 +26,8 @@ from counter.system.sockets import unread_bytes
 from counter.tls.contexts import server_context
 from counter.tls.session import Session
 from counter.tls.snapshot import Snapshot
-from counter.totals.memory import MemoryCounter
+from counter.totals.counter import Counter
+from counter.totals.memory import MemoryCounter, make_shared_counter
 from counter.turn.engine import Engine, Turn
 from kit.certificates import kit, trusting
 from kit.engine import ENGINES, make_engine
@@ -79,7 +80,7 @@ class FakeHost:
 
     def __init__(self, engine: Engine, workers: int = 1) -> None:
         self.engine = engine
-        self.counter = MemoryCounter()
+        self.counter: Counter = MemoryCounter()
         self.slot = Slots(1)[0]
         self.additions: Additions = InMemory(self.counter, self.slot, engine)
         loop: Any = gevent.get_hub().loop
@@ -115,9 +116,9 @@ class FakeHost:
 
     def decide(self) -> None:
         while self.engine.events:
-            kind, fd, data = self.engine.events.pop(0)
-            if fd in self.connections:
-                self.connections[fd].decide(kind, data)
+            for kind, fd, data in self.engine.told():
+                if fd in self.connections:
+                    self.connections[fd].decide(kind, data)
 
 
 class Bench:
@@ -208,6 +209,15 @@ def fill(bench: Bench, peer: socket.socket, connection: Connection) -> int:
     return sent
 
 
+def take(peer: socket.socket, received: list[bytes]) -> int:
+    """Takes what a peer has unread; gives back how much that is with what it received before."""
+    peer.setblocking(False)
+    with suppress(BlockingIOError):
+        while more := peer.recv(65536):
+            received.append(more)
+    return sum(map(len, received))
+
+
 def test_one_with_a_worker_is_served(bench: Bench) -> None:
     peer, connection = bench.connect()
     assert connection.state is State.SERVED
@@ -291,15 +301,7 @@ def test_one_whose_replies_stay_is_not_read_and_holds_no_worker(bench: Bench) ->
         bench.host.turn()
     assert bench.host.slot[REQUESTS] == sent
     received: list[bytes] = []
-
-    def has_read_all() -> bool:
-        peer.setblocking(False)
-        with suppress(BlockingIOError):
-            while True:
-                received.append(peer.recv(65536))
-        return sum(map(len, received)) == 8 * (sent + 1)
-
-    bench.until(has_read_all, "everything is answered")
+    bench.until(lambda: take(peer, received) == 8 * (sent + 1), "everything is answered")
     assert list(decode_totals(b"".join(received))[0]) == list(range(1, sent + 2))
     assert bench.host.workers.taken == 1
 
@@ -429,17 +431,31 @@ def test_a_drain_waits_for_replies_that_stay_and_reads_then(bench: Bench) -> Non
     connection.drain()
     assert connection.state is State.STALLED
     received: list[bytes] = []
-
-    def has_read_all() -> bool:
-        peer.setblocking(False)
-        with suppress(BlockingIOError):
-            while more := peer.recv(65536):
-                received.append(more)
-        return connection.state is State.CLOSED
-
-    bench.until(has_read_all, "it has ended")
-    wait_until(lambda: has_read_all() and sum(map(len, received)) == 8 * (sent + 1), "all came")
+    bench.until(lambda: take(peer, received) == 8 * (sent + 1), "everything is answered")
+    bench.until(lambda: connection.state is State.CLOSED, "it has ended")
     assert bench.host.counter.total() == sent + 1
+
+
+@pytest.mark.parametrize("make_counter", [MemoryCounter, make_shared_counter])
+@pytest.mark.parametrize("end", ["a bad frame", "the stream's end", "a drain"])
+def test_replies_that_stay_are_not_lost_with_the_end_that_came_with_their_frames(
+    bench: Bench, make_counter: Callable[[], Counter], end: str
+) -> None:
+    host = bench.host
+    host.counter = make_counter()
+    host.additions = InMemory(host.counter, host.slot, host.engine)
+    peer, connection = bench.connect()
+    host.engine.hold(connection.fd, True)  # as where the kernel takes nothing more
+    peer.sendall(ONE * 2 + (bytes(16) if end == "a bad frame" else b""))
+    if end == "the stream's end":
+        peer.shutdown(socket.SHUT_WR)
+    wait_until(lambda: unread_bytes(connection.sock) >= 32, "it has come")
+    if end == "a drain":
+        host.is_draining = True
+        connection.drain()
+    bench.until(lambda: connection.state is State.CLOSED, "it has ended")
+    assert totals(peer, 2) == [1, 2]
+    assert bool(host.lingering) == (end != "the stream's end")
 
 
 def test_an_error_of_the_program_ends_its_connection_alone(bench: Bench) -> None:
