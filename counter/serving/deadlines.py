@@ -26,8 +26,10 @@ class Deadlines(Generic[C]):
         self._began[connection] = time.monotonic() if began_at is None else began_at
 
     def begin_unless_begun(self, connection: C) -> None:
-        """The same now, unless something of this connection is waited for already."""
-        self._began.setdefault(connection, time.monotonic())
+        """The same now, unless something of this connection is waited for already, or its deadline
+        stands still."""
+        if connection not in self._paused:
+            self._began.setdefault(connection, time.monotonic())
 
     def end(self, connection: C) -> float | None:
         """Notes that nothing is waited for; gives back since when something was, None if not."""

@@ -134,6 +134,8 @@ class TlsConnection(Connection):
         elif session.is_within_record():
             # A frame begins with the record that holds it.
             deadlines.begin_unless_begun(self)
+            if self.state is State.STALLED:  # by the replies to what came before it
+                deadlines.pause(self)
 
     def decode(self, data: bytes) -> None:
         """Verifies all whole frames, has them added, and keeps the rest."""

@@ -538,6 +538,28 @@ def test_one_that_is_gone_in_its_handshake_asks_for_nothing_and_has_no_deadline_
     assert not bench.host.frame_deadlines.overdue(float("inf"))
 
 
+def test_the_deadline_of_a_record_stands_still_while_its_connection_is_not_read(
+    bench: Bench,
+) -> None:
+    peer, connection, client = shaken(bench)
+    peer.sendall(client.outgoing())
+    bench.until(lambda: connection.session.handshaken, "the handshake is done")
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    deadlines, rest = bench.host.frame_deadlines, b""
+    while not connection.unsent:  # whatever is sent ends within a record
+        frames, record = client.encrypt(ONE * 1000), client.encrypt(ONE)
+        peer.sendall(rest + frames + record[:9])
+        rest = record[9:]
+        bench.until(lambda: not unread_bytes(connection.sock), "it is read")
+    assert connection.state is State.STALLED
+    assert not deadlines.overdue(float("inf"))
+    wire: list[bytes] = []
+    bench.until(lambda: take(peer, wire) and not connection.unsent, "its replies are read")
+    assert deadlines.overdue(float("inf")) == [connection]
+    assert connection.overdue() == "a TLS record stopped"
+
+
 def test_a_handshake_that_is_none_is_refused_and_lingers(bench: Bench) -> None:
     peer, _ = bench.connect(tls)
     peer.sendall(b"GET / HTTP/1.1\r\n\r\n")
