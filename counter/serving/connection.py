@@ -248,7 +248,7 @@ class Connection:
         """Ends a connection whose peer has read nothing in time, unless it has now."""
         before = len(self.unsent)
         self.flush()
-        if len(self.unsent) == before:
+        if len(self.unsent) == before and self.state is not State.CLOSED:
             self.unsent = b""
             self.refuse(Ending.NOT_READING, "does not read its replies")
 

@@ -218,6 +218,16 @@ def take(peer: socket.socket, received: list[bytes]) -> int:
     return sum(map(len, received))
 
 
+def has_room(connection: Connection) -> bool:
+    return bool(select.select([], [connection.sock], [], 0)[1])
+
+
+def is_gone(connection: Connection) -> bool:
+    watch = select.poll()
+    watch.register(connection.sock, 0)
+    return bool(watch.poll(0))
+
+
 def test_one_with_a_worker_is_served(bench: Bench) -> None:
     peer, connection = bench.connect()
     assert connection.state is State.SERVED
@@ -314,6 +324,27 @@ def test_one_whose_peer_never_reads_is_dropped_when_it_is_judged(bench: Bench) -
         connection.judge_unread()
     assert bench.host.refusals == [Ending.NOT_READING]
     assert not bench.host.write_deadlines.overdue(float("inf"))
+
+
+def test_one_whose_peer_has_read_meanwhile_is_not_dropped_when_it_is_judged(bench: Bench) -> None:
+    peer, connection = bench.connect()
+    fill(bench, peer, connection)
+    received: list[bytes] = []
+    wait_until(lambda: bool(take(peer, received)) and has_room(connection), "there is room")
+    connection.judge_unread()
+    assert bench.host.refusals == []
+    assert connection.state is not State.CLOSED
+
+
+def test_one_that_reset_is_not_refused_when_it_is_judged(bench: Bench) -> None:
+    peer, connection = bench.connect()
+    fill(bench, peer, connection)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    peer.close()
+    wait_until(lambda: is_gone(connection), "the reset has come")
+    connection.judge_unread()
+    assert connection.state is State.CLOSED
+    assert bench.host.refusals == []
 
 
 def test_the_deadline_of_a_frame_stands_still_while_its_connection_is_not_read(
