@@ -1,171 +1,41 @@
-"""A connection over a host in the test's hand, on a real engine: what it decides, how it ends."""
+"""What a connection decides, and how it ends."""
 
 from __future__ import annotations
 
-import _socket
 import select
 import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from itertools import product
-from typing import Any
 
-import gevent
 import pytest
-from gevent.pool import Pool
 
-from counter.processes.slots import REQUESTS, Slots
-from counter.serving.additions import Additions, InMemory
-from counter.serving.connection import Connection, State
-from counter.serving.deadlines import Deadlines
+from counter.processes.slots import REQUESTS
+from counter.serving.additions import InMemory
+from counter.serving.connection import State
 from counter.serving.ending import Ending
-from counter.serving.tls_connection import TlsConnection
-from counter.serving.workers import Workers
-from counter.system.sockets import unread_bytes
-from counter.tls.contexts import server_context
-from counter.tls.session import Session
-from counter.tls.snapshot import Snapshot
+from counter.system.sockets import close_with_reset, unread_bytes
 from counter.totals.counter import Counter
 from counter.totals.memory import MemoryCounter, make_shared_counter
-from counter.turn.engine import Engine, Turn
-from kit.certificates import kit, trusting
-from kit.engine import ENGINES, make_engine
+from counter.turn.engine import Kind
+from kit.connection import (
+    ONE,
+    Bench,
+    Held,
+    fill,
+    has_asked,
+    has_room,
+    holds,
+    is_gone,
+    state_of,
+    take,
+    tls,
+    totals,
+)
+from kit.engine import ENGINES
 from kit.harness import wait_until
-from protocol import Decoder, decode_totals, encode_frame
-
-ONE = encode_frame(1)
-RESET = b"\1\0\0\0\0\0\0\0"
-
-
-class Held(Additions):
-    """Keeps what is asked, as while a store is away."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.kept: list[Turn] = []
-        self.voids = 0
-
-    def exchange(self) -> None:
-        self.engine.each_turn(self.ask)
-
-    def ask(self, turn: Turn) -> None:
-        self.kept.append(turn.keep())
-
-    def answer(self) -> None:
-        """Answers all of it, from 0."""
-        before = 0
-        for turn in self.kept:
-            turn.answer(before)
-            before += turn.amount
-        self.kept.clear()
-
-    def commit(self) -> None:
-        pass
-
-    def note_void(self) -> None:
-        self.voids += 1
-        for turn in self.kept:
-            turn.purge()
-
-    def sweep(self, now: float) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class FakeHost:
-    """A server with one worker, whose loop is the test."""
-
-    def __init__(self, engine: Engine, workers: int = 1) -> None:
-        self.engine = engine
-        self.counter: Counter = MemoryCounter()
-        self.slot = Slots(1)[0]
-        self.additions: Additions = InMemory(self.counter, self.slot, engine)
-        loop: Any = gevent.get_hub().loop
-        self.workers: Workers[Connection] = Workers(Pool(workers), loop, 0.05)
-        self.frame_deadlines: Deadlines[Connection] = Deadlines(5.0)
-        self.write_deadlines: Deadlines[Connection] = Deadlines(5.0)
-        self.is_draining = False
-        self.connections: dict[int, Connection] = {}
-        self.refusals: list[Ending] = []
-        self.lingering: list[_socket.socket] = []
-        self.failures: list[str] = []
-
-    def note_closed(self, connection: Connection) -> None:
-        del self.connections[connection.fd]
-
-    def linger(self, sock: _socket.socket) -> None:
-        self.lingering.append(sock)
-
-    def refused(self, why: Ending, detail: str) -> None:
-        self.refusals.append(why)
-
-    def failed(self, detail: str) -> None:
-        self.failures.append(detail)
-
-    def explain(self, frame: bytes) -> str:
-        return frame.hex()
-
-    def turn(self) -> None:
-        """What a server does when its engine is ready."""
-        self.additions.exchange()
-        self.decide()
-        self.workers.look()
-
-    def decide(self) -> None:
-        while self.engine.events:
-            for kind, fd, data in self.engine.told():
-                if fd in self.connections:
-                    self.connections[fd].decide(kind, data)
-
-
-class Bench:
-    """A host and its connections, each with its peer's end."""
-
-    def __init__(self, name: str) -> None:
-        self.host = FakeHost(make_engine(name))
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.peers: list[socket.socket] = []
-        self.made: list[Connection] = []
-
-    def connect(
-        self,
-        make: Callable[[FakeHost, _socket.socket], Connection] = Connection,
-        is_admitted: bool = True,
-    ) -> tuple[socket.socket, Connection]:
-        peer = socket.create_connection(self.listener.getsockname(), 10)
-        ours, _ = self.listener.accept()
-        # As the server has it: a plain socket, with nothing of Python's around it.
-        plain = _socket.socket(ours.family, ours.type, 0, ours.detach())
-        plain.setblocking(False)
-        connection = make(self.host, plain)
-        self.host.connections[connection.fd] = connection
-        if is_admitted:
-            self.host.workers.admit(connection)
-        self.peers.append(peer)
-        self.made.append(connection)
-        return peer, connection
-
-    def until(self, condition: Callable[[], object], what: str) -> None:
-        def has_come() -> bool:
-            select.select([self.host.engine.fileno()], [], [], 0.01)
-            self.host.turn()
-            return bool(condition())
-
-        wait_until(has_come, what)
-
-    def close(self) -> None:
-        for connection in self.made:
-            if connection.state is not State.CLOSED:
-                connection.cut(Ending.CUT)
-        for sock in (*self.peers, *self.host.lingering):
-            with suppress(OSError):
-                sock.close()
-        self.host.workers.close()
-        self.host.engine.close()
-        self.listener.close()
+from protocol import decode_totals, encode_frame
 
 
 @pytest.fixture(params=ENGINES)
@@ -173,59 +43,6 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     bench = Bench(request.param)
     yield bench
     bench.close()
-
-
-def totals(peer: socket.socket, count: int) -> list[int]:
-    data = b""
-    while len(data) < 8 * count:
-        more = peer.recv(65536)
-        assert more, "the stream ended"
-        data += more
-    return list(decode_totals(data)[0])
-
-
-def holds(peer: socket.socket, size: int) -> bool:
-    """Whether a peer's socket has that many bytes unread."""
-    return unread_bytes(peer) == size
-
-
-def has_counted(bench: Bench, frames: int) -> bool:
-    return bench.host.slot[REQUESTS] == frames
-
-
-def has_asked(held: Held, frames: int) -> bool:
-    return sum(turn.frames for turn in held.kept) == frames
-
-
-def fill(bench: Bench, peer: socket.socket, connection: Connection) -> int:
-    """Has a peer send without reading until its replies stay; gives back how many frames."""
-    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sent = 0
-    while not connection.unsent:
-        peer.sendall(ONE * 1000)
-        sent += 1000
-        bench.until(partial(has_counted, bench, sent), "they are counted")
-    return sent
-
-
-def take(peer: socket.socket, received: list[bytes]) -> int:
-    """Takes what a peer has unread; gives back how much that is with what it received before."""
-    peer.setblocking(False)
-    with suppress(BlockingIOError):
-        while more := peer.recv(65536):
-            received.append(more)
-    return sum(map(len, received))
-
-
-def has_room(connection: Connection) -> bool:
-    return bool(select.select([], [connection.sock], [], 0)[1])
-
-
-def is_gone(connection: Connection) -> bool:
-    watch = select.poll()
-    watch.register(connection.sock, 0)
-    return bool(watch.poll(0))
 
 
 def test_one_with_a_worker_is_served(bench: Bench) -> None:
@@ -244,6 +61,20 @@ def test_one_without_a_worker_gets_it_when_it_has_something_to_read(bench: Bench
     assert (first.state, second.state) == (State.PARKED, State.SERVED)
 
 
+def test_one_that_waits_for_a_worker_is_not_read(bench: Bench) -> None:
+    busy = bench.occupy()
+    peer, connection = bench.connect()
+    assert connection.state is State.PARKED
+    peer.sendall(ONE)
+    bench.until(lambda: connection.state is State.WAITING, "it waits for a worker")
+    for _ in range(5):
+        bench.host.turn()
+    assert unread_bytes(connection.sock) == 16
+    bench.host.workers.leave(busy)
+    bench.until(lambda: holds(peer, 8), "it is answered")
+    assert totals(peer, 1) == [1]
+
+
 def test_a_peer_that_ends_is_answered_before(bench: Bench) -> None:
     peer, connection = bench.connect()
     peer.sendall(ONE)
@@ -256,12 +87,63 @@ def test_a_peer_that_ends_is_answered_before(bench: Bench) -> None:
 
 
 def test_a_peer_that_reset_is_not_counted_and_the_worker_is_free(bench: Bench) -> None:
-    (_, _), (peer, connection) = bench.connect(), bench.connect()
+    peer, connection = bench.connect()
     peer.sendall(ONE)
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    peer.close()
+    close_with_reset(peer)
     bench.until(lambda: connection.state is State.CLOSED, "it has ended")
     assert bench.host.counter.total() == 0
+    assert bench.host.workers.taken == 0
+    assert bench.host.lingering == []
+
+
+def test_a_peer_that_reset_while_it_was_parked_is_not_counted(bench: Bench) -> None:
+    busy = bench.occupy()
+    peer, connection = bench.connect()
+    peer.sendall(ONE)
+    close_with_reset(peer)
+    bench.until(lambda: connection.state is State.CLOSED, "it has ended")
+    assert bench.host.counter.total() == 0
+    bench.host.workers.leave(busy)
+    assert bench.host.workers.taken == 0
+
+
+def test_a_peer_that_reset_while_it_waited_is_not_counted_when_its_turn_comes(
+    bench: Bench,
+) -> None:
+    busy = bench.occupy()
+    peer, connection = bench.connect()
+    peer.sendall(ONE)
+    bench.until(lambda: connection.state is State.WAITING, "it waits for a worker")
+    close_with_reset(peer)
+    wait_until(lambda: is_gone(connection), "the reset has come")
+    bench.host.workers.leave(busy)
+    bench.until(lambda: connection.state is State.CLOSED, "it has ended")
+    assert bench.host.counter.total() == 0
+    assert (bench.host.workers.taken, bench.host.workers.waiting) == (0, 0)
+
+
+def test_a_peer_that_reset_while_its_replies_stay_leaves_no_deadline(bench: Bench) -> None:
+    peer, connection = bench.connect()
+    sent = fill(bench, peer, connection)
+    peer.sendall(ONE + ONE[:7])
+    close_with_reset(peer)
+    bench.until(lambda: connection.state is State.CLOSED, "it has ended")
+    assert bench.host.counter.total() == sent
+    assert not bench.host.write_deadlines.overdue(float("inf"))
+    assert not bench.host.frame_deadlines.overdue(float("inf"))
+
+
+def test_a_peer_that_reset_while_a_drain_reads_it_is_not_counted(bench: Bench) -> None:
+    peer, connection = bench.connect()
+    peer.sendall(ONE)
+    wait_until(lambda: unread_bytes(connection.sock) == 16, "it has come")
+    bench.host.is_draining = True
+    connection.drain()
+    close_with_reset(peer)
+    wait_until(lambda: is_gone(connection), "the reset has come")
+    bench.until(lambda: connection.state is State.CLOSED, "it has ended")
+    assert bench.host.counter.total() == 0
+    assert bench.host.lingering == []
 
 
 @pytest.mark.parametrize("before", [0, 1])
@@ -275,6 +157,45 @@ def test_one_that_is_refused_lingers_after_what_came_before_is_answered(
     assert connection.state is State.CLOSED
     assert bench.host.counter.total() == before
     assert holds(peer, 8 * before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_amount_above_the_limit_is_refused_as_a_bad_checksum_is(engine: str) -> None:
+    bench = Bench(engine, max_amount=9)
+    try:
+        peer, _ = bench.connect()
+        peer.sendall(encode_frame(9) + encode_frame(10))
+        bench.until(lambda: bench.host.lingering, "it lingers")
+        assert bench.host.refusals == [Ending.LIMIT]
+        assert totals(peer, 1) == [9]
+        assert bench.host.counter.total() == 9
+    finally:
+        bench.close()
+
+
+def test_one_that_lingers_is_nothing_of_the_engine_any_more(bench: Bench) -> None:
+    peer, connection = bench.connect()
+    peer.sendall(bytes(16))
+    bench.until(lambda: bench.host.lingering, "it lingers")
+    assert bench.host.lingering == [connection.sock]
+    peer.sendall(ONE)
+    wait_until(lambda: unread_bytes(connection.sock) == 16, "more has come")
+    assert not select.select([bench.host.engine.fileno()], [], [], 0)[0]
+    assert bench.host.engine.receive() is None
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_one_that_is_closed_decides_nothing(bench: Bench, kind: Kind) -> None:
+    _, connection = bench.connect()
+    connection.cut(Ending.CUT)
+    connection.decide(kind, ONE)
+    connection.end(Ending.GONE)
+    connection.look()
+    assert connection.state is State.CLOSED
+    assert connection.ending is Ending.CUT
+    assert (bench.host.refusals, bench.host.lingering, bench.host.failures) == ([], [], [])
+    assert not bench.host.frame_deadlines.overdue(float("inf"))
+    assert not bench.host.write_deadlines.overdue(float("inf"))
 
 
 def test_the_deadline_of_a_frame_begins_with_its_first_byte_and_ends_with_its_last(
@@ -301,6 +222,27 @@ def test_a_last_look_takes_what_has_come_without_a_worker(bench: Bench) -> None:
     assert connection.state is State.PARKED
 
 
+def test_a_last_look_at_one_that_waits_leaves_it_its_place(bench: Bench) -> None:
+    bench.occupy()
+    peer, connection = bench.connect()
+    peer.sendall(ONE)
+    bench.until(lambda: connection.state is State.WAITING, "it waits for a worker")
+    connection.look()
+    bench.host.decide()
+    assert totals(peer, 1) == [1]
+    assert connection.state is State.WAITING
+    assert bench.host.workers.waiting == 1
+
+
+def test_a_last_look_does_not_read_one_whose_replies_stay(bench: Bench) -> None:
+    peer, connection = bench.connect()
+    sent = fill(bench, peer, connection)
+    peer.sendall(ONE)
+    wait_until(lambda: unread_bytes(connection.sock) == 16, "it has come")
+    connection.look()
+    assert bench.host.counter.total() == sent
+
+
 def test_one_whose_replies_stay_is_not_read_and_holds_no_worker(bench: Bench) -> None:
     peer, connection = bench.connect()
     sent = fill(bench, peer, connection)
@@ -314,6 +256,22 @@ def test_one_whose_replies_stay_is_not_read_and_holds_no_worker(bench: Bench) ->
     bench.until(lambda: take(peer, received) == 8 * (sent + 1), "everything is answered")
     assert list(decode_totals(b"".join(received))[0]) == list(range(1, sent + 2))
     assert bench.host.workers.taken == 1
+    assert not bench.host.write_deadlines.overdue(float("inf"))
+
+
+def test_a_peer_that_reads_a_little_has_its_whole_time_again(bench: Bench) -> None:
+    peer, connection = bench.connect()
+    connection.transmit(bytes(16 << 20))
+    deadlines, before, moment = bench.host.write_deadlines, len(connection.unsent), time.monotonic()
+    assert deadlines.overdue(moment + deadlines.timeout_s) == [connection]
+
+    def is_less() -> bool:
+        peer.recv(65536)
+        return len(connection.unsent) < before
+
+    bench.until(is_less, "the kernel takes more")
+    assert connection.unsent
+    assert deadlines.overdue(moment + deadlines.timeout_s) == []
 
 
 def test_one_whose_peer_never_reads_is_dropped_when_it_is_judged(bench: Bench) -> None:
@@ -339,8 +297,7 @@ def test_one_whose_peer_has_read_meanwhile_is_not_dropped_when_it_is_judged(benc
 def test_one_that_reset_is_not_refused_when_it_is_judged(bench: Bench) -> None:
     peer, connection = bench.connect()
     fill(bench, peer, connection)
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    peer.close()
+    close_with_reset(peer)
     wait_until(lambda: is_gone(connection), "the reset has come")
     connection.judge_unread()
     assert connection.state is State.CLOSED
@@ -361,12 +318,64 @@ def test_the_deadline_of_a_frame_stands_still_while_its_connection_is_not_read(
     assert connection.state is State.SERVED
 
 
-def test_one_that_ends_while_a_store_owes_it_is_answered_first(bench: Bench) -> None:
+def test_one_that_goes_on_asks_for_a_worker_as_a_new_one_does(bench: Bench) -> None:
+    _, connection = bench.connect()
+    connection.stall()
+    busy = bench.occupy()
+    connection.proceed()
+    assert state_of(connection) is State.PARKED
+    connection.stall()
+    bench.host.workers.leave(busy)
+    connection.proceed()
+    assert state_of(connection) is State.SERVED
+
+
+def test_one_that_waits_for_its_peer_and_for_the_store_goes_on_after_both(bench: Bench) -> None:
     held = bench.host.additions = Held(bench.host.engine)
     peer, connection = bench.connect()
     peer.sendall(ONE)
+    bench.until(lambda: held.kept, "it is asked for")
+    first, held.kept = held.kept, []
+    peer.sendall(ONE)
+    bench.until(lambda: held.kept, "more is asked for")
+    bench.host.engine.hold(connection.fd, True)  # as where the kernel takes nothing more
+    first[0].answer(10)
+    bench.host.decide()
+    assert state_of(connection) is State.STALLED
+    bench.until(lambda: not connection.unsent, "its replies are taken")
+    assert state_of(connection) is State.STALLED
+    held.answer()
+    bench.host.decide()
+    assert state_of(connection) is State.SERVED
+    assert totals(peer, 2) == [11, 1]
+
+
+def test_one_that_was_owed_very_much_goes_on_after_its_peer_has_room_for_that(
+    bench: Bench,
+) -> None:
+    held = bench.host.additions = Held(bench.host.engine)
+    peer, connection = bench.connect()
+    asked = 0
+    while connection.state is not State.STALLED:
+        peer.sendall(ONE * 1024)
+        asked += 1024
+        bench.until(partial(has_asked, held, asked), "they are asked for")
+    bench.host.engine.hold(connection.fd, True)  # as where the kernel takes nothing more
+    held.answer()
+    bench.host.decide()
+    assert state_of(connection) is State.STALLED
+    bench.until(lambda: state_of(connection) is State.SERVED, "its replies are taken")
+    assert totals(peer, asked) == list(range(1, asked + 1))
+
+
+def test_one_that_ends_while_a_store_owes_it_is_answered_first(bench: Bench) -> None:
+    held = bench.host.additions = Held(bench.host.engine)
+    peer, connection = bench.connect()
+    peer.sendall(ONE + ONE[:7])
     peer.shutdown(socket.SHUT_WR)
     bench.until(lambda: connection.state is State.ENDING, "its end was seen")
+    assert bench.host.workers.taken == 0
+    assert not bench.host.frame_deadlines.overdue(float("inf"))
     held.answer()
     bench.host.decide()
     assert connection.state is State.CLOSED
@@ -378,11 +387,47 @@ def test_what_a_store_owes_to_one_that_reset_is_void(bench: Bench) -> None:
     peer, connection = bench.connect()
     peer.sendall(ONE)
     bench.until(lambda: held.kept, "it is asked for")
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    peer.close()
+    close_with_reset(peer)
     bench.until(lambda: connection.state is State.CLOSED, "it has ended")
     assert held.voids == 1
     assert sum(turn.amount for turn in held.kept) == 0
+
+
+def test_what_a_store_owes_to_one_that_ended_and_reset_then_is_void(bench: Bench) -> None:
+    held = bench.host.additions = Held(bench.host.engine)
+    peer, connection = bench.connect()
+    peer.sendall(encode_frame(5) + bytes(16))
+    bench.until(lambda: connection.state is State.ENDING, "it is refused")
+    close_with_reset(peer)
+    bench.until(lambda: connection.state is State.CLOSED, "it has ended")
+    assert held.voids == 1
+    assert sum(turn.amount for turn in held.kept) == 0
+    assert bench.host.lingering == []
+
+
+def test_one_that_is_withdrawn_after_it_was_refused_ends_as_refused(bench: Bench) -> None:
+    bench.host.additions = Held(bench.host.engine)
+    peer, connection = bench.connect()
+    peer.sendall(ONE + bytes(16))
+    bench.until(lambda: connection.state is State.ENDING, "it is refused")
+    connection.withdraw()
+    assert connection.ending is Ending.CHECKSUM
+    assert bench.host.lingering == [connection.sock]
+    assert holds(peer, 0)
+
+
+def test_one_that_is_withdrawn_while_its_replies_stay_has_those_first(bench: Bench) -> None:
+    held = bench.host.additions = Held(bench.host.engine)
+    peer, connection = bench.connect()
+    peer.sendall(ONE)
+    bench.until(lambda: held.kept, "it is asked for")
+    bench.host.engine.hold(connection.fd, True)  # as where the kernel takes nothing more
+    held.answer()
+    bench.host.decide()
+    connection.withdraw()
+    assert connection.state is State.ENDING
+    bench.until(lambda: bench.host.lingering, "it lingers")
+    assert totals(peer, 1) == [1]
 
 
 def test_one_that_is_withdrawn_lingers_unanswered(bench: Bench) -> None:
@@ -453,6 +498,41 @@ def test_a_drain_ends_one_that_comes_from_the_backlog(bench: Bench, frames: int)
     assert bench.host.counter.total() == frames
 
 
+def test_a_drain_leaves_one_alone_that_is_ending(bench: Bench) -> None:
+    held = bench.host.additions = Held(bench.host.engine)
+    peer, connection = bench.connect()
+    peer.sendall(ONE + bytes(16) + ONE)
+    bench.until(lambda: connection.state is State.ENDING, "it is refused")
+    peer.sendall(ONE)
+    wait_until(lambda: unread_bytes(connection.sock) == 16, "more has come")
+    bench.host.is_draining = True
+    connection.drain()
+    bench.host.turn()
+    assert unread_bytes(connection.sock) == 16
+    assert connection.ending is Ending.CHECKSUM
+    held.answer()
+    bench.host.decide()
+    assert totals(peer, 1) == [1]
+    assert bench.host.lingering
+
+
+def test_a_drain_waits_for_the_store(bench: Bench) -> None:
+    held = bench.host.additions = Held(bench.host.engine)
+    peer, connection = bench.connect()
+    peer.sendall(ONE)
+    bench.until(lambda: held.kept, "it is asked for")
+    bench.host.is_draining = True
+    connection.drain()
+    assert connection.state is State.ENDING
+    peer.sendall(ONE)
+    wait_until(lambda: unread_bytes(connection.sock) == 16, "more has come")
+    bench.host.turn()
+    held.answer()
+    bench.host.decide()
+    assert totals(peer, 1) == [1]
+    assert bench.host.lingering
+
+
 def test_a_drain_waits_for_replies_that_stay_and_reads_then(bench: Bench) -> None:
     peer, connection = bench.connect()
     sent = fill(bench, peer, connection)
@@ -461,6 +541,7 @@ def test_a_drain_waits_for_replies_that_stay_and_reads_then(bench: Bench) -> Non
     bench.host.is_draining = True
     connection.drain()
     assert connection.state is State.STALLED
+    bench.occupy()  # a drain asks for no worker
     received: list[bytes] = []
     bench.until(lambda: take(peer, received) == 8 * (sent + 1), "everything is answered")
     bench.until(lambda: connection.state is State.CLOSED, "it has ended")
@@ -517,85 +598,6 @@ def test_only_one_with_nothing_under_way_is_idle(bench: Bench) -> None:
     bench.host.turn()
     connection.stall()
     assert connection.idle_for_s() is None
-
-
-def tls(host: FakeHost, sock: _socket.socket) -> Connection:
-    certs = kit()
-    cert, key = certs.server.cert.read_text(), certs.server.key.read_text()
-    context = server_context(Snapshot(cert, key, "", "cert", "key", ""))
-    return TlsConnection(host, sock, context, Decoder())
-
-
-def shaken(bench: Bench) -> tuple[socket.socket, TlsConnection, Session]:
-    """A connection under TLS, and its client's session, which is ready."""
-    peer, connection = bench.connect(tls)
-    client = Session(trusting(), "localhost")
-    client.start()
-    peer.sendall(client.outgoing())
-    while not client.handshaken:
-        bench.until(lambda: unread_bytes(peer), "the server's flight is there")
-        client.receive(peer.recv(65536))
-    assert isinstance(connection, TlsConnection)
-    return peer, connection, client
-
-
-def test_frames_under_tls_are_served_and_drained(bench: Bench) -> None:
-    peer, connection, client = shaken(bench)
-    peer.sendall(client.outgoing() + client.encrypt(ONE * 2))
-    data = b""
-    while len(data) < 16:
-        bench.until(lambda: unread_bytes(peer), "something came")
-        data += client.receive(peer.recv(65536))
-    assert list(decode_totals(data)[0]) == [1, 2]
-    peer.sendall(client.encrypt(ONE))
-    wait_until(lambda: unread_bytes(connection.sock) > 16, "it has come")
-    bench.host.is_draining = True
-    connection.drain()
-    bench.until(lambda: connection.state is State.CLOSED, "it has ended")
-    data = b""
-    while not client.ended:
-        data += client.receive(peer.recv(65536))
-    assert data == (3).to_bytes(8)
-
-
-def test_one_that_is_gone_in_its_handshake_asks_for_nothing_and_has_no_deadline_left(
-    bench: Bench,
-) -> None:
-    peer, connection, client = shaken(bench)
-    connection.sock.shutdown(socket.SHUT_WR)  # its last flight fails, as after a reset
-    peer.sendall(client.outgoing() + client.encrypt(encode_frame(5) + ONE[:7]))
-    bench.until(lambda: connection.state is State.CLOSED, "it has ended")
-    assert bench.host.counter.total() == 0
-    assert not bench.host.frame_deadlines.overdue(float("inf"))
-
-
-def test_the_deadline_of_a_record_stands_still_while_its_connection_is_not_read(
-    bench: Bench,
-) -> None:
-    peer, connection, client = shaken(bench)
-    peer.sendall(client.outgoing())
-    bench.until(lambda: connection.session.handshaken, "the handshake is done")
-    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    deadlines, rest = bench.host.frame_deadlines, b""
-    while not connection.unsent:  # whatever is sent ends within a record
-        frames, record = client.encrypt(ONE * 1000), client.encrypt(ONE)
-        peer.sendall(rest + frames + record[:9])
-        rest = record[9:]
-        bench.until(lambda: not unread_bytes(connection.sock), "it is read")
-    assert connection.state is State.STALLED
-    assert not deadlines.overdue(float("inf"))
-    wire: list[bytes] = []
-    bench.until(lambda: take(peer, wire) and not connection.unsent, "its replies are read")
-    assert deadlines.overdue(float("inf")) == [connection]
-    assert connection.overdue() == "a TLS record stopped"
-
-
-def test_a_handshake_that_is_none_is_refused_and_lingers(bench: Bench) -> None:
-    peer, _ = bench.connect(tls)
-    peer.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    bench.until(lambda: bench.host.lingering, "it lingers")
-    assert bench.host.refusals == [Ending.TLS]
 
 
 def test_an_ending_without_anybody_to_tell_is_not_replaced() -> None:
