@@ -19,7 +19,7 @@ import pytest
 
 from counter.processes.slots import READS, REQUESTS, TOTAL, TOTAL_AT_MS, Slots
 from counter.serving import group_commit, waiting
-from counter.serving.group_commit import SILENT_S, GroupCommit
+from counter.serving.group_commit import HEARTBEAT_S, SILENT_S, GroupCommit
 from counter.totals.store import Found, InDoubt, Store, StoreAway
 from counter.turn.engine import Engine, Event, Kind
 from counter.turn.plain import BatchTurn, Part
@@ -406,7 +406,70 @@ def test_a_connection_that_fails_does_not_hinder_the_next(
     assert one.totals == [2]
 
 
+class SlowClock:
+    """By it every commit takes very long."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def monotonic(self) -> float:
+        self.now += 100
+        return self.now
+
+
+@pytest.fixture
+def slow(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A bench at which every commit takes long."""
+    monkeypatch.setattr(group_commit, "time", SlowClock())
+    return bench
+
+
+def commit_four(bench: Bench) -> None:
+    """One commit of four reads."""
+    four = [FakeConnection() for _ in range(4)]
+    bench.ask_together(*((each, 1, None) for each in four))
+    bench.wait_until_answered(*four)
+
+
+def test_a_commit_waits_for_half_of_those_who_were_answered(
+    slow: Bench, one: FakeConnection, two: FakeConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_commit, "LONGEST_GATHER_S", 2 * PATIENCE_S)
+    commit_four(slow)
+    slow.ask(one, 1)
+    for _ in range(20):
+        gevent.sleep(0)
+    assert slow.store.taken == [4]
+    slow.ask(two, 1)
+    slow.wait_until_answered(one, two)
+    assert slow.store.taken == [4, 2]
+
+
+def test_a_commit_waits_for_those_who_were_answered_no_longer_than_a_moment(
+    slow: Bench, one: FakeConnection
+) -> None:
+    commit_four(slow)
+    slow.ask(one, 1)
+    slow.wait_until_answered(one)
+    assert slow.store.taken == [4, 1]
+
+
 # A store that is away.
+
+
+def test_a_store_that_nobody_asks_is_asked_whether_it_is_there(
+    bench: Bench, one: FakeConnection
+) -> None:
+    bench.ask(one, 1)
+    bench.wait_until_answered(one)
+    bench.wait_until_idle()
+    answered_at = time.monotonic()
+    bench.group.sweep(answered_at)
+    assert bench.store.calls == ["commit"]
+    bench.store.faults += ["away"] * 3
+    bench.group.sweep(answered_at + HEARTBEAT_S)
+    wait_for(lambda: bench.said == ["away: not there", "back"], "it is away, and back")
+    assert bench.store.calls == ["commit", *["probe"] * 4]
 
 
 def test_what_a_failed_commit_held_is_in_the_next_before_what_came_since(
