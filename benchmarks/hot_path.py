@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from counter.processes.slots import Slots
 from counter.serving.additions import InMemory
-from counter.serving.server import make_decoder, make_engine
 from counter.totals.memory import make_shared_counter
 from counter.turn.engine import Interest
+from counter.turn.engines import make_decoder, make_engine
 from counter.turn.plain import LARGE_READ, SMALL_READ
 from protocol import MAX_AMOUNT, REPLY_SIZE, encode_frame
 

@@ -418,6 +418,32 @@ with socket.create_connection(server.address):
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, timeout=30)
 
 
+def test_a_drain_goes_on_without_a_connection_that_cannot_be_watched() -> None:
+    check = """
+import socket, gevent.event
+from counter.totals.memory import MemoryCounter
+from counter.serving.server import CounterServer
+from counter.system.sockets import listen
+from counter.options.server import ServerSettings
+server = CounterServer(listen("127.0.0.1", 0, 2), MemoryCounter(), 1, ServerSettings())
+peers = [socket.create_connection(server.socket.getsockname()) for _ in range(2)]
+open_in_engine, lacking = server.engine.open, [True]
+def open_second(*arguments):
+    if lacking.pop() if lacking else False:
+        raise OSError(28, "No space left on device")
+    open_in_engine(*arguments)
+server.engine.open = open_second
+server.drain(5, gevent.event.Event())
+assert not server.connections
+assert [peer.recv(1) for peer in peers] == [b"", b""]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot accept connections: No space left on device" in done.stderr
+
+
 def test_ipv6_is_served_and_shown_in_brackets() -> None:
     with ServerCommand("--host", "::1") as server, server.connect() as peer:
         assert server.address.startswith("[::1]:")

@@ -20,6 +20,7 @@ one coarse sweep keeps.
 from __future__ import annotations
 
 import _socket
+import socket
 from collections.abc import Callable
 from enum import Enum
 from typing import Final, Protocol
@@ -101,8 +102,6 @@ class Connection:
         if self.state is not State.CLOSED:
             _DECISIONS[kind](self, data)
 
-    # --- taking turns ---
-
     def serve(self) -> None:
         """It has a worker: reads from now on."""
         self.watch(self.interest, State.SERVED)
@@ -122,7 +121,12 @@ class Connection:
     def look(self) -> None:
         """Takes what has come, which may be what a deadline waits for: also without a worker, so
         that nobody is judged for what others have kept from being read."""
-        if self.state not in (State.STALLED, State.ENDING, State.CLOSED):
+        if self.state in (State.STALLED, State.ENDING, State.CLOSED):
+            return
+        # Of one that waits the engine tells nothing, a reset neither.
+        if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.on_reset(b"")
+        else:
             self.read()
 
     def read(self) -> None:
@@ -142,8 +146,6 @@ class Connection:
         if self.owed() or unread_bytes(self.sock):
             return None
         return silent_for_s(self.sock)
-
-    # --- what the engine tells ---
 
     def on_ready(self, _: bytes) -> None:
         """There is something to read, or room for what is unsent."""
@@ -193,8 +195,6 @@ class Connection:
     def on_failed(self, detail: bytes) -> None:
         self.host.failed(detail.decode(errors="replace"))
         self.cut(Ending.FAILED)
-
-    # --- what is owed ---
 
     def owed(self) -> int:
         """How many frames wait for a store."""
@@ -275,8 +275,6 @@ class Connection:
             else:
                 self.host.workers.admit(self)
 
-    # --- the end ---
-
     def refuse(self, why: Ending, detail: str) -> None:
         """Ends the connection for something that its peer did, which is counted and logged."""
         self.host.refused(why, f"{self.peer()}: {detail}")
@@ -356,8 +354,6 @@ class Connection:
             host.linger(self.sock)
         else:
             self.sock.close()
-
-    # --- what is said of it ---
 
     def peer(self) -> str:
         """The peer's address, for the log."""

@@ -35,7 +35,7 @@ from counter.serving.store_calls import make_caller
 from counter.serving.waiting import Waiting
 from counter.system.backoff import backoff_s
 from counter.totals.store import InDoubt, Store, StoreAway
-from counter.turn.engine import Engine, Turn
+from counter.turn.engine import Engine, KeptTurn, Turn
 from protocol import TOTAL_MASK
 
 # A store that has not answered for so long is away, though it has not said so.
@@ -276,7 +276,7 @@ class GroupCommit(Additions):
         self._slot[TOTAL] = total
         self._slot[TOTAL_AT_MS] = now_ms()
 
-    def _answer(self, under_way: list[Turn], before: int) -> int:
+    def _answer(self, under_way: list[KeptTurn], before: int) -> int:
         """Replies to all that a commit held; gives back the total after it."""
         # Counted before they are sent: who is killed in between has answered no more than that.
         self._slot[REQUESTS] += sum([turn.live_frames() for turn in under_way])
@@ -296,7 +296,7 @@ class GroupCommit(Additions):
             delay_s = backoff_s(self._failures - 1, FIRST_DELAY_S, LAST_DELAY_S)
         self._enter(state, after_s=delay_s)
 
-    def _withdraw_all(self, turns: list[Turn]) -> None:
+    def _withdraw_all(self, turns: list[KeptTurn]) -> None:
         self._withdraw(list(dict.fromkeys(fd for turn in turns for fd in turn.askers())))
 
     def _withdraw(self, askers: list[int]) -> None:

@@ -14,7 +14,8 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import gevent
@@ -58,9 +59,9 @@ from counter.tls.certificates import Certificates
 from counter.tls.snapshot import CertificateError
 from counter.totals.counter import Counter
 from counter.totals.store import Store
-from counter.turn.engine import Engine
-from counter.turn.library import choose, load
-from protocol import BadFrame, Decoder
+from counter.turn.engines import make_decoder, make_engine
+from counter.turn.library import choose
+from protocol import BadFrame
 
 if TYPE_CHECKING:
     import ssl  # which the master must not load before it forks
@@ -239,13 +240,20 @@ class CounterServer(PausingServer, StreamServer):
     def handle(self, sock: _socket.socket, _address: Any) -> None:
         """Takes a connection in, with a worker if one is free."""
         connection = self._take_in(sock)
+        if not self._unless_lacking(connection, partial(self.workers.admit, connection)):
+            self.pause_accepting(ACCEPT_PAUSE_S)
+        self._room.note_arrival()
+
+    def _unless_lacking(self, connection: Connection, act: Callable[[], None]) -> bool:
+        """Does what opens a connection in the engine; false, and the connection is gone, where the
+        machine lacks for it."""
         try:
-            self.workers.admit(connection)
+            act()
         except OSError as error:
             self._warn_of_lack(error)
             connection.abandon()
-            self.pause_accepting(ACCEPT_PAUSE_S)
-        self._room.note_arrival()
+            return False
+        return True
 
     def _take_in(self, sock: _socket.socket) -> Connection:
         connection = self._make_connection(sock)
@@ -432,7 +440,7 @@ class CounterServer(PausingServer, StreamServer):
         self.slot[WORKERS] = self.slot[MOST_CONNECTIONS] = 0
         self._accept_backlog()
         for connection in list(self.connections.values()):
-            connection.drain()
+            self._unless_lacking(connection, connection.drain)
         self.decide_events()
         self.close()
         ending = gevent.spawn(self._join)
@@ -468,25 +476,3 @@ class CounterServer(PausingServer, StreamServer):
             if not accepted:
                 return
             self._take_in(accepted[0])
-
-
-def make_decoder(max_amount: int, decodes: bool) -> Decoder:
-    """This process's decoder. One that has frames to decode, and not just to explain, imports
-    NumPy, which no process may that is still to fork."""
-    if not decodes:
-        return Decoder(max_amount)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from counter.turn.vector import VectorDecoder
-
-    return VectorDecoder(max_amount)
-
-
-def make_engine(name: str, decoder: Decoder) -> Engine:
-    """The engine of that name, on a decoder that has its limit."""
-    if name == "compiled":
-        from counter.turn.compiled import CompiledEngine
-
-        return CompiledEngine(load(), decoder.max_amount)
-    from counter.turn.plain import PlainEngine
-
-    return PlainEngine(decoder)

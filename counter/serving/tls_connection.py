@@ -17,39 +17,24 @@ from counter.serving.connection import Connection, Host, State
 from counter.serving.ending import Ending
 from counter.tls.session import Session, TlsError
 from counter.turn.engine import Interest, Kind
-from counter.turn.plain import LARGE_READ, BatchTurn
-from protocol import MAX_UNREAD_FRAMES, BadFrame, Decoder
+from counter.turn.plain import LARGE_READ, Asker, BatchTurn
+from protocol import BadFrame, Decoder
 
 
-class _Asker:
+class _Asker(Asker):
     """What a turn may ask of a connection under TLS, until what it asked for is void."""
 
-    __slots__ = ("connection", "fd", "is_live", "owed", "tells")
+    __slots__ = ("connection",)
 
     def __init__(self, connection: TlsConnection) -> None:
+        super().__init__(connection.fd)
         self.connection = connection
-        self.fd = connection.fd
-        self.is_live = True
-        self.owed = 0
-        self.tells = False
 
     def reply(self, data: bytes) -> None:
         self.connection.send(data)
 
     def tell(self, kind: Kind, data: bytes = b"") -> None:
         self.connection.host.engine.events.append((kind, self.fd, data))
-
-    def owe(self, frames: int) -> None:
-        self.owed += frames
-        if self.owed >= MAX_UNREAD_FRAMES and not self.tells:
-            self.tells = True
-            self.tell(Kind.FULL)
-
-    def settle(self, frames: int) -> None:
-        self.owed -= frames
-        if not self.owed and self.tells:
-            self.tells = False
-            self.tell(Kind.ANSWERED)
 
 
 class TlsConnection(Connection):

@@ -12,9 +12,9 @@ import time
 from itertools import chain
 
 from counter.serving.store_calls import raw_lock
-from counter.turn.engine import Turn
+from counter.turn.engine import KeptTurn
 
-Asked = tuple[float, Turn]  # since when, by time.monotonic()
+Asked = tuple[float, KeptTurn]  # since when, by time.monotonic()
 
 
 class Waiting:
@@ -35,8 +35,8 @@ class Waiting:
         """Whether a commit holds anything."""
         return bool(self._under_way)
 
-    def append(self, turn: Turn) -> None:
-        """Has a turn wait, which is kept."""
+    def append(self, turn: KeptTurn) -> None:
+        """Has a turn wait."""
         self._asked.append((time.monotonic(), turn))
 
     def note_void(self) -> None:
@@ -51,7 +51,7 @@ class Waiting:
             del self._asked[:count]
         return sum([turn.amount for _, turn in self._under_way])
 
-    def finish(self) -> list[Turn]:
+    def finish(self) -> list[KeptTurn]:
         """What the commit held, which is over."""
         under_way = self._under_way
         self._under_way = []

@@ -9,7 +9,7 @@ from collections.abc import Callable, MutableSequence
 from typing import Any, Final
 
 from counter.processes.slots import READS, REQUESTS
-from counter.turn.engine import LONGEST_S, Adder, Engine, Interest, Turn
+from counter.turn.engine import LONGEST_S, Adder, Engine, Interest, KeptTurn, Turn
 from counter.turn.library import Library
 from protocol import MAX_AMOUNT, TOTAL_MASK
 
@@ -118,21 +118,11 @@ class _Received(Turn):
         engine.lib.turn_answer(engine.engine, before & TOTAL_MASK)
         engine.take_events()
 
-    def keep(self) -> Turn:
+    def keep(self) -> KeptTurn:
         return _Kept(self._engine, self, self._amounts)
 
-    def purge(self) -> None:
-        """All of them are there."""
 
-    def live_frames(self) -> int:
-        return self.frames
-
-    def askers(self) -> list[int]:
-        parts = self._engine.lib.turn_parts(self._engine.engine)
-        return [parts[index].fd for index in range(self.reads)]
-
-
-class _Kept(Turn):
+class _Kept(KeptTurn):
     """A turn in memory of its own."""
 
     __slots__ = ("_amounts", "_count", "_engine", "_parts", "amount", "frames", "reads")
@@ -151,7 +141,7 @@ class _Kept(Turn):
         engine.lib.turn_answer_kept(engine.engine, self._parts, self._count, before & TOTAL_MASK)
         engine.take_events()
 
-    def keep(self) -> Turn:
+    def keep(self) -> KeptTurn:
         return self
 
     def purge(self) -> None:

@@ -83,7 +83,7 @@ class Adder(Protocol):
 
 
 class Turn(ABC):
-    """What several connections ask, one addition: to be answered once, or dropped."""
+    """What several connections ask, one addition: answered or kept before anything else is read."""
 
     __slots__ = ()
 
@@ -97,16 +97,22 @@ class Turn(ABC):
         was forgotten since gets none."""
 
     @abstractmethod
+    def keep(self) -> KeptTurn:
+        """The same, to be answered later: its frames are owed from now on."""
+
+
+class KeptTurn(Turn):
+    """A turn that waits for its addition, while some of its connections may end."""
+
+    __slots__ = ()
+
+    @abstractmethod
     def purge(self) -> None:
         """Takes out what connections asked that are gone, or what is void: it will not be added."""
 
     @abstractmethod
     def live_frames(self) -> int:
         """How many frames answer() would answer now."""
-
-    @abstractmethod
-    def keep(self) -> Turn:
-        """The same, to be answered later: its frames are owed from now on."""
 
     @abstractmethod
     def askers(self) -> list[int]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import _socket
 import time
 import traceback
+from abc import ABC, abstractmethod
 from itertools import repeat
-from typing import Final, Protocol
+from typing import Final
 
-from counter.turn.engine import TURN_PARTS, Engine, Interest, Kind, Turn
+from counter.turn.engine import TURN_PARTS, Engine, Interest, KeptTurn, Kind, Turn
 from protocol import (
     MAX_UNREAD_FRAMES,
     REPLY_SIZE,
@@ -35,34 +36,45 @@ _LOOKED_AT: Final = 0  # one that is read whether it is ready or not
 _REFUSALS: Final = {"checksum": Kind.CHECKSUM, "limit": Kind.LIMIT}
 
 
-class Asker(Protocol):
+class Asker(ABC):
     """Who asks in a turn of Python's: a connection until it is forgotten, or what it asked void."""
 
-    @property
-    def fd(self) -> int:
-        """The connection's descriptor."""
+    __slots__ = ("fd", "is_live", "owed", "tells")
 
-    is_live: bool
-    owed: int
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.is_live = True
+        self.owed = 0  # frames that wait for a store
+        self.tells = False  # that nothing is owed, once that is so
 
+    @abstractmethod
     def reply(self, data: bytes) -> None:
         """Sends replies, as far as the kernel takes them."""
 
+    @abstractmethod
     def tell(self, kind: Kind, data: bytes = b"") -> None:
         """Has the connection decide something."""
 
-    def settle(self, frames: int) -> None:
-        """So many frames are owed no longer."""
-
     def owe(self, frames: int) -> None:
         """So many frames are owed from now on."""
+        self.owed += frames
+        if self.owed >= MAX_UNREAD_FRAMES and not self.tells:
+            self.tells = True
+            self.tell(Kind.FULL)
+
+    def settle(self, frames: int) -> None:
+        """So many frames are owed no longer."""
+        self.owed -= frames
+        if not self.owed and self.tells:
+            self.tells = False
+            self.tell(Kind.ANSWERED)
 
 
 Part = tuple[Asker, int, Batch | None]
 """Who asks, the sum, and the batch that it is the sum of, unless it is a single frame."""
 
 
-class BatchTurn(Turn):
+class BatchTurn(KeptTurn):
     """A turn of batches that Python has decoded."""
 
     __slots__ = ("amount", "frames", "is_kept", "parts", "reads")
@@ -101,7 +113,7 @@ class BatchTurn(Turn):
             [1 if batch is None else len(batch) for asker, _, batch in self.parts if asker.is_live]
         )
 
-    def keep(self) -> Turn:
+    def keep(self) -> KeptTurn:
         self.is_kept = True
         for asker, _, batch in self.parts:
             asker.owe(1 if batch is None else len(batch))
@@ -114,40 +126,23 @@ class BatchTurn(Turn):
 _PeerPart = tuple["_Peer", int, Batch | None]
 
 
-class _Peer:
+class _Peer(Asker):
     """One connection, until what it asked is void."""
 
-    __slots__ = (
-        "engine",
-        "fd",
-        "holds",
-        "is_live",
-        "is_served",
-        "left",
-        "owed",
-        "read_at",
-        "read_size",
-        "rest",
-        "sock",
-        "tells",
-    )
+    __slots__ = ("engine", "holds", "is_served", "left", "read_at", "read_size", "rest", "sock")
 
     def __init__(self, engine: PlainEngine, sock: _socket.socket, is_served: bool) -> None:
+        super().__init__(sock.fileno())
         self.engine = engine
         self.sock = sock
-        self.fd = sock.fileno()
         self.is_served = is_served
-        self.is_live = True
         self.holds = False
-        self.tells = False
         self.rest = b""  # the bytes of an incomplete frame
-        self.owed = 0
         self.left = -1
         self.read_size = SMALL_READ
         self.read_at = 0.0
 
     def tell(self, kind: Kind, data: bytes = b"") -> None:
-        """Has Python decide."""
         self.engine.events.append((kind, self.fd, data))
 
     def reply(self, data: bytes) -> None:
@@ -167,18 +162,6 @@ class _Peer:
         """Has replies kept that the kernel did not take, and all that follow them."""
         self.holds = True
         self.tell(Kind.UNSENT, data)
-
-    def owe(self, frames: int) -> None:
-        self.owed += frames
-        if self.owed >= MAX_UNREAD_FRAMES and not self.tells:
-            self.tells = True
-            self.tell(Kind.FULL)
-
-    def settle(self, frames: int) -> None:
-        self.owed -= frames
-        if not self.owed and self.tells:
-            self.tells = False
-            self.tell(Kind.ANSWERED)
 
 
 class _PeerTurn(BatchTurn):
@@ -200,7 +183,7 @@ class _PeerTurn(BatchTurn):
         self.frames += len(self.lone)
         self.reads += len(self.lone)
 
-    def keep(self) -> Turn:
+    def keep(self) -> KeptTurn:
         self.parts += zip(self.lone, self.amounts, repeat(None))
         self.lone, self.amounts = [], []
         return BatchTurn.keep(self)

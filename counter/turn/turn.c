@@ -233,8 +233,6 @@ int turn_receive(struct turn_engine *engine, int fd) {
     return all;
 }
 
-const struct turn_part *turn_parts(const struct turn_engine *engine) { return engine->parts; }
-
 void turn_keep(struct turn_engine *engine, struct turn_part *parts, uint64_t *amounts) {
     struct turn_state *state = engine->state;
     state->events = 0;

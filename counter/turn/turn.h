@@ -69,7 +69,6 @@ int64_t turn_read_at(const struct turn_engine *engine, int fd);
 int turn_receive(struct turn_engine *engine, int fd);
 /* Keeps the turn that was received beyond the next one, in memory of Python's. */
 void turn_keep(struct turn_engine *engine, struct turn_part *parts, uint64_t *amounts);
-const struct turn_part *turn_parts(const struct turn_engine *engine);
 uint64_t turn_live(const struct turn_engine *engine, const struct turn_part *parts, int count);
 /* Answers the turn that was received, or one that was kept. */
 void turn_answer(struct turn_engine *engine, uint64_t before);

@@ -26,7 +26,7 @@ from counter.tls.contexts import server_context
 from counter.tls.snapshot import Snapshot
 from counter.totals.counter import Counter
 from counter.totals.memory import MemoryCounter
-from counter.turn.engine import Engine, Turn
+from counter.turn.engine import Engine, KeptTurn, Turn
 from kit.certificates import kit
 from kit.engine import make_engine
 from kit.harness import PATIENCE_S, wait_until
@@ -40,7 +40,7 @@ class Held(Additions):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.kept: list[Turn] = []
+        self.kept: list[KeptTurn] = []
         self.voids = 0
 
     def exchange(self) -> None:

@@ -41,11 +41,8 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C co
 
 def make_engine(name: str, max_amount: int = MAX_AMOUNT) -> Engine:
     """An engine by its name; imports what it needs, gevent among it."""
+    from counter.turn import engines
+
     if name == "compiled":
-        from counter.turn.compiled import CompiledEngine
-
-        return CompiledEngine(compiled(), max_amount)
-    from counter.turn.plain import PlainEngine
-    from counter.turn.vector import VectorDecoder
-
-    return PlainEngine(VectorDecoder(max_amount))
+        compiled()
+    return engines.make_engine(name, engines.make_decoder(max_amount, name == "plain"))

@@ -234,6 +234,20 @@ def test_a_last_look_at_one_that_waits_leaves_it_its_place(bench: Bench) -> None
     assert bench.host.workers.waiting == 1
 
 
+def test_a_last_look_at_one_that_reset_while_it_waited_counts_nothing(bench: Bench) -> None:
+    bench.connect()
+    peer, connection = bench.connect()
+    connection.state = State.WAITING
+    peer.sendall(ONE)
+    close_with_reset(peer)
+    hangs_up = select.poll()
+    hangs_up.register(connection.fd, 0)
+    assert hangs_up.poll(10_000), "the reset is there"
+    connection.look()
+    assert connection.state is State.CLOSED
+    assert bench.host.counter.total() == 0
+
+
 def test_a_last_look_does_not_read_one_whose_replies_stay(bench: Bench) -> None:
     peer, connection = bench.connect()
     sent = fill(bench, peer, connection)

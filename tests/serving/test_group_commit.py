@@ -22,7 +22,7 @@ from counter.serving import group_commit, waiting
 from counter.serving.group_commit import HEARTBEAT_S, SILENT_S, GroupCommit
 from counter.totals.store import Found, InDoubt, Store, StoreAway
 from counter.turn.engine import Engine, Event, Kind
-from counter.turn.plain import BatchTurn, Part
+from counter.turn.plain import Asker, BatchTurn, Part
 from kit.harness import PATIENCE_S
 from protocol import Batch, decode_totals
 
@@ -142,13 +142,11 @@ class WaitingStore(FakeStore):
         return gevent.event.Event()
 
 
-class FakeConnection:
+class FakeConnection(Asker):
     """A connection as a turn knows it, which asks until it is withdrawn; keeps what it was told."""
 
     def __init__(self) -> None:
-        self.fd = next(_descriptors)
-        self.is_live = True
-        self.owed = 0
+        super().__init__(next(_descriptors))
         self.replies = b""
         self.withdrawn = False
         self.failures = 0
@@ -159,12 +157,6 @@ class FakeConnection:
 
     def tell(self, kind: Kind, data: bytes = b"") -> None:
         self.events.append((kind, self.fd, data))
-
-    def settle(self, frames: int) -> None:
-        self.owed -= frames
-
-    def owe(self, frames: int) -> None:
-        self.owed += frames
 
     def void(self) -> None:
         self.is_live = False

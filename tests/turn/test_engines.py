@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from counter.processes.slots import READS, REQUESTS, Slots
 from counter.totals.memory import make_shared_counter
 from counter.turn.compiled import CompiledEngine
-from counter.turn.engine import TURN_PARTS, Engine, Interest, Kind, Turn
+from counter.turn.engine import TURN_PARTS, Engine, Interest, KeptTurn, Kind, Turn
 from counter.turn.plain import PlainEngine
 from kit.engine import ENGINES, make_engine
 from kit.harness import wait_until
@@ -352,7 +352,7 @@ def test_what_is_void_is_neither_added_nor_answered(table: Table) -> None:
     (gone, gone_fd), (there, there_fd) = table.connect(), table.connect()
     gone.sendall(encode_frame(5))
     there.sendall(encode_frame(7))
-    turns: list[Turn] = []
+    turns: list[KeptTurn] = []
     while sum(turn.reads for turn in turns) < 2:
         turns.append(table.receive().keep())
     table.engine.void(gone_fd)
@@ -401,7 +401,7 @@ def test_a_descriptor_that_is_used_again_gets_nothing_of_what_another_asked(tabl
 
 def test_very_many_that_are_owed_are_told_of(table: Table) -> None:
     peer, fd = table.connect()
-    kept: list[Turn] = []
+    kept: list[KeptTurn] = []
     while not table.engine.events:
         peer.sendall(ONE * 1024)
         kept.append(table.receive().keep())
