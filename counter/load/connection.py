@@ -24,6 +24,7 @@ from counter.load.meter import Meter
 from counter.load.patience import is_ready
 from counter.results.result import CHECKABLE_SUM
 from counter.system.libev import READ
+from counter.system.sockets import close_with_reset
 from counter.tls.session import Session, TlsError
 from protocol import REPLY_SIZE, REQUEST_SIZE, TOTAL_MASK, Batch, decode_totals
 
@@ -323,7 +324,9 @@ class LoadConnection:
         self._generator.reopen(self)
 
     def close(self) -> None:
-        """Closes the socket; what is in flight becomes unknown."""
+        """Closes the socket; what is in flight becomes unknown, and a server is told by RST that
+        nobody waits for it: what it has not read is not counted then."""
+        gives_up = bool(self._in_flight)
         for _, _, batch in self._in_flight:
             self._meter.unknown(batch)
         self._in_flight.clear()
@@ -332,5 +335,8 @@ class LoadConnection:
         if self._sock is not None:
             self.epoch += 1
             self._engine.forget(self._sock.fileno())
-            self._sock.close()
+            if gives_up:
+                close_with_reset(self._sock)
+            else:
+                self._sock.close()
             self._sock = None

@@ -216,6 +216,27 @@ def test_what_others_added_meanwhile_is_no_wrong_total(engine: str) -> None:
         assert (play.process.result.wrong, play.process.result.answered) == (0, 20)
 
 
+def is_reset(peer: socket.socket) -> bool:
+    """How a stream ends: by a reset, or as it should."""
+    try:
+        while peer.recv(2**20):
+            pass
+    except ConnectionResetError:
+        return True
+    return False
+
+
+def test_a_connection_that_gives_up_on_a_reply_resets(engine: str) -> None:
+    with steady(engine, connections=2) as play:
+        late = clock()
+        play.process.engine.recall(late)
+        play.connections[0].judge(late)
+        assert play.process.result.errors == {"timeout": 1}
+        assert is_reset(play.peers[0])
+        play.process.close()
+        assert is_reset(play.peers[1])
+
+
 def test_replies_that_nothing_asked_for_are_wrong_and_end_the_connection(engine: str) -> None:
     with steady(engine, pipeline=2) as play:
         play.say(play.replies(5))
