@@ -15,16 +15,20 @@ import peers
 from peers import Peer
 from results import Case
 
-FAST: Final = ("floor", "server", "go", "redis")
+FAST: Final = ("floor", "server", "plain", "go", "redis")
 SLOW: Final = ("gevent", "uvloop")
+
+PLAIN_ENGINE: Final = ("--engine", "plain")
 
 _MANY: Final = ("--connections", "4000")
 _RANDOM: Final = ("--amount", "random", "--in-flight")
 CASES: Final = (
-    Case("steady-40", "1 in flight, 40 connections", (), (*FAST, "plain", *SLOW)),
+    Case("steady-4", "1 in flight, 4 connections", ("--connections", "4"), FAST),
+    Case("steady-10", "1 in flight, 10 connections", ("--connections", "10"), FAST),
+    Case("steady-40", "1 in flight, 40 connections", (), (*FAST, *SLOW)),
     Case("steady-400", "1 in flight, 400 connections", ("--connections", "400"), (*FAST, *SLOW)),
     Case("steady-4000", "1 in flight, 4,000 connections", _MANY, (*FAST, *SLOW)),
-    Case("flight-16", "16 in flight, 40 connections", ("--in-flight", "16"), (*FAST, "plain")),
+    Case("flight-16", "16 in flight, 40 connections", ("--in-flight", "16"), FAST),
     Case("flight-256", "256 in flight, 40 connections", ("--in-flight", "256"), FAST),
     Case("flight-1024", "1,024 in flight, 40 connections", ("--in-flight", "1024"), FAST),
     Case("flight-4096", "4,096 in flight, 40 connections", ("--in-flight", "4096"), FAST),
@@ -36,7 +40,7 @@ CASES: Final = (
 # On the disk before the reply. These are measured longer: a disk has moods, and SQLite copies its
 # log into the database once in a thousand commits.
 DURABLE_LENGTH: Final = 2
-_DURABLE: Final = (("sqlite", "redis_always"), DURABLE_LENGTH)
+_DURABLE: Final = (("sqlite", "sqlite_plain", "redis_always"), DURABLE_LENGTH)
 DURABLE: Final = (
     Case("durable-40", "1 in flight, 40 connections", (), *_DURABLE),
     Case("durable-400", "1 in flight, 400 connections", ("--connections", "400"), *_DURABLE),
@@ -53,10 +57,12 @@ SHARED_REDIS: Final = Case(
     "redis-store",
     "1 in flight, 400 connections",
     ("--connections", "400"),
-    ("server", "redis_store"),
+    ("server", "redis_store", "redis_store_plain"),
 )
 
-PAIR: Final = Case("pair", "server and client", (), ("pair", "pair_default", "go_pair"))
+PAIR: Final = Case(
+    "pair", "server and client", (), ("pair", "pair_default", "pair_plain", "go_pair")
+)
 IDLE: Final = Case("idle", "memory", ("--mode", "idle"), (*FAST, *SLOW))
 PAIR_CONNECTIONS: Final = 40
 IDLE_CONNECTIONS: Final = 4000
@@ -69,18 +75,21 @@ EVERY: Final = (*CASES, *DURABLE, SHARED_FILE, SHARED_REDIS, PAIR, IDLE)
 NAMES: Final = {
     "floor": "C floor",
     "server": "this server",
-    "plain": "this server, --processes 0",
+    "plain": "this server, plain engine",
     "go": "Go, GOMAXPROCS=1",
     "redis": "Redis, INCRBY 1",
     "gevent": "gevent, textbook",
     "uvloop": "asyncio, uvloop",
     "sqlite": "this server, SQLite store",
+    "sqlite_plain": "the same, plain engine",
     "redis_always": "Redis, appendfsync always",
     "sqlite_one": "SQLite store, 1 process",
     "sqlite_two": "SQLite store, 2 processes",
     "redis_store": "this server, Redis store",
+    "redis_store_plain": "the same, plain engine",
     "pair": "this project's, one process each",
     "pair_default": "this project's, processes by default",
+    "pair_plain": "this project's, one process each, plain engine",
     "go_pair": "Go",
 }
 
@@ -94,9 +103,12 @@ OWN: Final = {
     "plain",
     "pair",
     "pair_default",
+    "pair_plain",
     "sqlite",
+    "sqlite_plain",
     *SHARED_FILE.peers,
     "redis_store",
+    "redis_store_plain",
 }
 
 
@@ -107,16 +119,21 @@ def make_peer(key: str, directory: Path) -> Peer:
             return peers.floor(directory)
         case "server" | "pair":
             return peers.this_server("--processes", "1")
-        case "plain":
-            return peers.this_server("--processes", "0")
+        case "plain" | "pair_plain":
+            return peers.this_server("--processes", "1", *PLAIN_ENGINE)
         case "pair_default":
             return peers.this_server()
         case "sqlite" | "sqlite_one":
-            return peers.sqlite_store_server(directory / f"{key}.db", 1)
+            return peers.sqlite_store_server(directory / f"{key}.db", "--processes", "1")
+        case "sqlite_plain":
+            file = directory / f"{key}.db"
+            return peers.sqlite_store_server(file, "--processes", "1", *PLAIN_ENGINE)
         case "sqlite_two":
-            return peers.sqlite_store_server(directory / f"{key}.db", 2)
+            return peers.sqlite_store_server(directory / f"{key}.db", "--processes", "2")
         case "redis_store":
             return peers.redis_store_server(directory)
+        case "redis_store_plain":
+            return peers.redis_store_server(directory, *PLAIN_ENGINE)
         case "go":
             return peers.go(directory, {"GOMAXPROCS": "1"})
         case "go_pair":

@@ -2,7 +2,7 @@
 use instead, at the same work, on the same machine, in the same minutes?
 
 Command: make bench, or python benchmarks/compare.py [--rounds N] [--seconds S] [--only CASE ...]
-The whole of it takes under seven minutes and writes docs/benchmarks.md and docs/benchmarks.svg;
+The whole of it takes about ten minutes and writes docs/benchmarks.md and docs/benchmarks.svg;
 with --only it prints its tables and writes nothing. Files are made in a temporary directory, which
 has to be on a disk; --directory says where.
 
@@ -48,6 +48,7 @@ from cases import (
     OWN,
     PAIR,
     PAIR_CONNECTIONS,
+    PLAIN_ENGINE,
     make_peer,
 )
 from measure import GRACE_S, WARMUP_S, RunError
@@ -147,8 +148,10 @@ def run_pair(bench: Bench, key: str, running: Running) -> Measurement:
         command = [sys.executable, str(peers.ROOT / "client.py"), "--json", "-"]
         command += ["--serverAddress", f"127.0.0.1:{running.port}"]
         command += ["--duration", f"{seconds}s", "--warmup", f"{WARMUP_S}s"]
-        if key == "pair":
+        if key != "pair_default":
             command += ["--processes", "1"]
+        if key == "pair_plain":
+            command += PLAIN_ENGINE
     command += ["--connections", str(PAIR_CONNECTIONS)]
     result = measure.run_json(command, bench.cpus.all, WARMUP_S + seconds + GRACE_S)
     return Measurement(rate=result["requests_per_s"])

@@ -46,7 +46,7 @@ COLOURS: Final = {
     "uvloop": "#2e4057",
 }
 LABEL_WIDTH: Final = 16  # characters, under the bars of a case
-BAR_WIDTH: Final = 0.15  # of the distance between two cases
+BAR_WIDTH: Final = 0.14  # of the distance between two cases
 
 PACKAGES: Final = ("gevent", "greenlet", "xxhash", "numpy", "cffi", "redis", "uvloop")
 TOOLS: Final = (("cc", "--version"), ("go", "version"), ("redis-server", "--version"))
@@ -66,6 +66,8 @@ Written by `benchmarks/compare.py`; a new run replaces it. The command was `{com
   ratios are taken within a round, as the speed of a machine drifts by more than servers differ.
 - The floor (`benchmarks/floor.c`) is a C server that verifies, adds and answers with one `recv` and
   one `send` for each readable connection, and does nothing else.
+- "This server" has its compiled engine; "plain engine" is the one in Python, which serves where
+  no C compiler was at the installation. Both have one serving process under a master.
 - A rate alone hides what a server could do where the generator was the busier side: read the
   server's CPU time per request beside it (user and kernel, all its processes, in the measured
   part). Where neither side was busy, something else had the CPUs.

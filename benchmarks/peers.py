@@ -133,21 +133,24 @@ def floor(directory: Path) -> Peer:
 
 
 def this_server(*flags: str) -> Peer:
-    """This project's server with workers for every case; flags such as `--processes 1`."""
-    command = [sys.executable, str(ROOT / "server.py"), "--port", "0"]
+    """This project's server with workers for every case; flags such as `--processes 1`.
+
+    It has the compiled engine unless the flags name another, and does not start without it.
+    """
+    command = [sys.executable, str(ROOT / "server.py"), "--port", "0", "--engine", "compiled"]
     return Peer([*command, "--multiplier", str(MULTIPLIER), *flags])
 
 
-def sqlite_store_server(file: Path, processes: int) -> Peer:
+def sqlite_store_server(file: Path, *flags: str) -> Peer:
     """This project's server with its total in a SQLite file, which it makes."""
-    return this_server("--store", f"sqlite:{file}", "--processes", str(processes))
+    return this_server("--store", f"sqlite:{file}", *flags)
 
 
-def redis_store_server(directory: Path) -> Peer:
+def redis_store_server(directory: Path, *flags: str) -> Peer:
     """This project's server with its total in a Redis without persistence; PeerError without."""
     behind = redis(directory)
-    flags = ("--store", f"redis://127.0.0.1:{behind.port}/0", "--processes", "1")
-    return replace(this_server(*flags), behind=behind)
+    store = f"redis://127.0.0.1:{behind.port}/0"
+    return replace(this_server("--store", store, "--processes", "1", *flags), behind=behind)
 
 
 def go(directory: Path, environment: Mapping[str, str] | None = None) -> Peer:

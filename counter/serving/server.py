@@ -11,17 +11,14 @@ from __future__ import annotations
 import _socket
 import logging
 import os
-import socket
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import gevent
 from gevent.event import Event
 from gevent.pool import Pool
-from gevent.server import StreamServer
 
 from counter.options.server import DEFAULT_CONNECTIONS, ServerSettings
 from counter.options.values import Seconds
@@ -50,8 +47,9 @@ from counter.serving.group_commit import GroupCommit
 from counter.serving.idle import Room
 from counter.serving.linger import Lingering
 from counter.serving.outage import Outage
+from counter.serving.spreading import SpreadingServer
 from counter.serving.workers import Workers
-from counter.system.accepting import ACCEPT_PAUSE_S, PausingServer
+from counter.system.accepting import ACCEPT_PAUSE_S
 from counter.system.libev import READ
 from counter.system.log import LimitedLog
 from counter.system.sockets import waiting_connections
@@ -75,14 +73,10 @@ STOPPED_S: Final = 0.5
 # Between attempts to take certificates that are known to be good.
 RELOAD_RETRY_S: Final = 0.5
 
-# What a process that is ahead of others in connections leaves a new one to them for: long enough
-# for an idle process to wake, short beside what a connection costs its peer anyway.
-LEAVE_TO_OTHERS_S: Final = 0.001
-
 _log = logging.getLogger("server")
 
 
-class CounterServer(PausingServer, StreamServer):
+class CounterServer(SpreadingServer):
     """Serves one Counter on one listening socket: `workers` connections at once, which take turns
     where more are open, and `most_connections` are at most.
 
@@ -95,9 +89,6 @@ class CounterServer(PausingServer, StreamServer):
     # gevent's stubs leave out what a server on plain sockets and bare watchers needs of them.
     hub: Any
     loop: Any
-    full: Any
-    pool: Any
-    socket: Any
 
     def __init__(
         self,
@@ -111,8 +102,7 @@ class CounterServer(PausingServer, StreamServer):
         most_connections: int = DEFAULT_CONNECTIONS,
     ) -> None:
         self.hub = gevent.get_hub()
-        self.slots = Slots(1) if slots is None else slots
-        self.index = index
+        super().__init__(listener, Pool(workers), Slots(1) if slots is None else slots, index)
         self.slot = self.slots[index]
         self.limited_log = LimitedLog(_log)
         name, _ = choose(settings.engine)
@@ -135,11 +125,6 @@ class CounterServer(PausingServer, StreamServer):
             self.load_certificates()
         self.is_draining = False
         self._all_closed = Event()
-        self._has_left_it = False  # what waits to be accepted was left to the others once
-        if len(self.slots) > 1:
-            self.max_accept = 1  # a burst is spread over the processes, not taken by the first
-        super().__init__(listener, spawn=Pool(workers))
-        self.full = self.is_crowded  # whether nothing is accepted is not for the Pool to say
         self.workers: Workers[Connection] = Workers(self.pool, self.loop, settings.slice_s)
         shortest_s = min(settings.frame_timeout_s, settings.write_timeout_s)
         self._sweep_s = max(0.01, min(SWEEP_S, shortest_s / 4))
@@ -184,76 +169,27 @@ class CounterServer(PausingServer, StreamServer):
                     self.failed(traceback.format_exc())
                     connection.cut(Ending.FAILED)
 
-    def do_read(self) -> tuple[_socket.socket, Any] | None:  # type: ignore[override]
-        """Accepts one connection as a plain non-blocking socket, or gives back None."""
-        return self.accept_or_pause(self._accept, self._warn_of_lack)
-
-    def _accept(self) -> tuple[_socket.socket, Any] | None:
-        while True:
-            try:
-                fd, address = self.socket._accept()
-            except BlockingIOError:
-                return None
-            except ConnectionAbortedError:
-                continue
-            sock = _socket.socket(self.family, socket.SOCK_STREAM, 0, fd)
-            sock.setblocking(False)
-            return sock, address
-
-    def _warn_of_lack(self, error: OSError) -> None:
-        self.limited_log.warning("accept", "cannot accept connections: %s", error.strerror)
-
-    def _do_read(self) -> None:
-        """Accepts what waits; leaves it to the other processes first if this one is ahead of them.
-
-        The kernel wakes whichever process waits, mostly the same one. One that has more connections
-        than another therefore waits a moment, once, before it accepts: the others take the
-        connection meanwhile, or it does after all. One that has as many as it may accepts again
-        when one of them has ended.
-        """
-        if self.is_crowded():
-            self.stop_accepting()
-        elif not self._has_left_it and self._is_ahead():
-            self._has_left_it = True
-            self.pause_accepting(LEAVE_TO_OTHERS_S)
-        else:
-            self._has_left_it = False
-            super()._do_read()  # type: ignore[misc]  # gevent's stubs leave it out
-
-    def _is_ahead(self) -> bool:
-        """Whether another process is to take what waits: clearly so while there are free workers
-        here, as leaving it costs a moment, and exactly once there are none."""
-        fewest = self.slots.fewest_connections(but=self.index)
-        if fewest is None:
-            return False
-        allowed = 0 if self.pool.full() else max(4, fewest // 4)
-        return bool(self.slot[CONNECTIONS] > fewest + allowed)
-
     def is_crowded(self) -> bool:
         """Whether as many connections are open as may be."""
         return len(self.connections) >= self.most_connections
 
-    def do_handle(self, *accepted: Any) -> None:
-        """Hands an accepted connection to handle(), without starting a greenlet for it."""
-        self.handle(*accepted)
+    def warn_of_lack(self, error: OSError) -> None:
+        self.limited_log.warning("accept", "cannot accept connections: %s", error.strerror)
 
     def handle(self, sock: _socket.socket, _address: Any) -> None:
         """Takes a connection in, with a worker if one is free."""
         connection = self._take_in(sock)
-        if not self._unless_lacking(connection, partial(self.workers.admit, connection)):
+        try:
+            self.workers.admit(connection)
+        except OSError as error:
+            self._abandon(connection, error)
             self.pause_accepting(ACCEPT_PAUSE_S)
         self._room.note_arrival()
 
-    def _unless_lacking(self, connection: Connection, act: Callable[[], None]) -> bool:
-        """Does what opens a connection in the engine; false, and the connection is gone, where the
-        machine lacks for it."""
-        try:
-            act()
-        except OSError as error:
-            self._warn_of_lack(error)
-            connection.abandon()
-            return False
-        return True
+    def _abandon(self, connection: Connection, error: OSError) -> None:
+        """Ends a connection that the machine lacks for."""
+        self.warn_of_lack(error)
+        connection.abandon()
 
     def _take_in(self, sock: _socket.socket) -> Connection:
         connection = self._make_connection(sock)
@@ -440,7 +376,10 @@ class CounterServer(PausingServer, StreamServer):
         self.slot[WORKERS] = self.slot[MOST_CONNECTIONS] = 0
         self._accept_backlog()
         for connection in list(self.connections.values()):
-            self._unless_lacking(connection, connection.drain)
+            try:
+                connection.drain()
+            except OSError as error:
+                self._abandon(connection, error)
         self.decide_events()
         self.close()
         ending = gevent.spawn(self._join)
@@ -467,12 +406,8 @@ class CounterServer(PausingServer, StreamServer):
 
     def _accept_backlog(self) -> None:
         """Takes in every connection that waits; a failure to accept ends it."""
-        while True:
-            try:
-                accepted = self.do_read()
-            except OSError as error:
-                _log.warning("cannot accept what waits in the backlog: %s", error.strerror)
-                return
-            if not accepted:
-                return
-            self._take_in(accepted[0])
+        try:
+            for sock in self.accept_all():
+                self._take_in(sock)
+        except OSError as error:
+            _log.warning("cannot accept what waits in the backlog: %s", error.strerror)

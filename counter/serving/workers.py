@@ -48,6 +48,10 @@ class Workers(Generic[C]):
         self._look_at = 0.0
         self._timer = loop.timer(SILENT_S, SILENT_S)
 
+    def _any_free(self) -> bool:
+        """Whether a worker is free; the Pool's own answer takes 0.3 us."""
+        return bool(len(self._since) < self._pool.size)
+
     @property
     def taken(self) -> int:
         """How many workers are taken."""
@@ -66,7 +70,7 @@ class Workers(Generic[C]):
     def admit(self, connection: C) -> None:
         """Gives a connection a worker if one is free, and parks it if not: one that is new, or goes
         on after it was not read for a while."""
-        if self._waiting or self._pool.full():
+        if self._waiting or not self._any_free():
             connection.park()
         else:
             self._give(connection, time.monotonic())
@@ -75,7 +79,7 @@ class Workers(Generic[C]):
         """A parked connection has something to read: it gets a worker, now or in its turn."""
         now = time.monotonic()
         if not self._waiting:
-            if not self._pool.full():
+            if self._any_free():
                 self._give(connection, now)
                 return
             self._timer.start(self.look)
@@ -126,7 +130,7 @@ class Workers(Generic[C]):
             self._hand_on()
 
     def _hand_on(self) -> None:
-        if self._waiting and not self._pool.full():
+        if self._waiting and self._any_free():
             first = next(iter(self._waiting))
             del self._waiting[first]
             self._give(first, time.monotonic())
