@@ -13,6 +13,10 @@ text and not the eight bytes, so that text sent to the port by mistake is refuse
 
 Three outcomes of reading, in this order: whole frames are amounts, an incomplete frame is a value
 (what is left over), a bad frame is an error that carries what was good before it.
+
+A control frame has the same 16 bytes, and a checksum over `<kind>:<decimal>` instead: no frame that
+asks to add anything is one. Three of them at the start of a connection are a hello, which makes it
+a connection of a session (docs/protocol.md).
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from __future__ import annotations
 import operator
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Final
@@ -36,6 +42,11 @@ TOTAL_MASK: Final = 2**64 - 1  # totals are arithmetic modulo 2^64: total & TOTA
 # wait for a server that waits for it.
 MAX_UNREAD_FRAMES: Final = 4096
 
+# A session may leave so many frames unanswered at most: their totals are what its server keeps.
+MAX_WINDOW: Final = MAX_UNREAD_FRAMES
+
+HELLO_SIZE: Final = 3 * REQUEST_SIZE
+
 # From so many frames in a read on NumPy is the faster way: at 96 frames of amount 1 both ways take
 # 12 us, at 1,024 NumPy takes 20 us and the plain one 110 us.
 DEEP_FRAMES: Final = 96
@@ -50,6 +61,7 @@ _SPLIT_FRAMES: Final = 256
 
 _FRAME: Final = struct.Struct(">Q8s")
 _TOTAL: Final = struct.Struct(">Q")
+_RUN: Final = struct.Struct(">QQ")
 
 
 class CounterError(Exception):
@@ -67,8 +79,8 @@ class AddressError(CounterError, ValueError):
 class BadFrame(CounterError):
     """A frame that is refused, and with it all that stands behind it.
 
-    `batch` holds the amounts of the frames before it, which count. `reason` is `checksum` or
-    `limit`: a short word, fit for a label.
+    `batch` holds the amounts of the frames before it, which count. `reason` is `checksum`, `limit`,
+    `hello` or `answer`: a short word, fit for a label.
     """
 
     def __init__(self, reason: str, detail: str, batch: Batch | None = None) -> None:
@@ -225,6 +237,145 @@ def encode_frame(amount: int) -> bytes:
     if not 0 <= amount <= MAX_AMOUNT:
         raise AmountError(f"amount {amount} is outside 0..{MAX_AMOUNT} (2^64 - 1)")
     return _TOTAL.pack(amount) + xxh64_digest(b"%d" % amount)
+
+
+class Control(Enum):
+    """What a control frame says; its value is what the checksum covers in front of the number."""
+
+    ID_HIGH = "id-high"  # the two halves of a session's id
+    ID_LOW = "id-low"
+    OPEN = "open"  # the window: frames that may be unanswered
+    RESUME = "resume"  # so many frames whose replies the client has
+    END = "end"  # the same; the session is over
+
+
+def encode_control(kind: Control, value: int) -> bytes:
+    """The 16 bytes of a control frame; its value is 0..2^64-1."""
+    return _TOTAL.pack(value) + _control_checksum(kind, value)
+
+
+def decode_control(frame: bytes) -> tuple[Control, int] | None:
+    """What a frame of 16 bytes says, and its value; None where it is no control frame."""
+    value, checksum = _FRAME.unpack(frame)
+    for kind in Control:
+        if checksum == _control_checksum(kind, value):
+            return kind, int(value)
+    return None
+
+
+def _control_checksum(kind: Control, value: int) -> bytes:
+    return xxh64_digest(b"%s:%d" % (kind.value.encode(), value))
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a connection of a session begins with: its id of 128 bits, and what is wanted of it.
+
+    `value` is the window where it is to be opened (OPEN), or the number of frames whose replies the
+    client has where it is to be gone on with (RESUME).
+    """
+
+    session_id: int
+    kind: Control
+    value: int
+
+    def encode(self) -> bytes:
+        """Its 48 bytes."""
+        high, low = divmod(self.session_id, 2**64)
+        return b"".join(
+            (
+                encode_control(Control.ID_HIGH, high),
+                encode_control(Control.ID_LOW, low),
+                encode_control(self.kind, self.value),
+            )
+        )
+
+
+_HELLO_KINDS: Final = ((Control.ID_HIGH,), (Control.ID_LOW,), (Control.OPEN, Control.RESUME))
+
+
+def decode_hello(data: bytes) -> Hello | None:
+    """The hello that `data` is; None where it is not whole and was right so far.
+
+    BadFrame, with the reason `hello`, at its first frame that is wrong.
+    """
+    said: list[tuple[Control, int]] = []
+    for at in range(min(len(data), HELLO_SIZE) // REQUEST_SIZE):
+        frame = data[at * REQUEST_SIZE : (at + 1) * REQUEST_SIZE]
+        control = decode_control(frame)
+        wanted = _HELLO_KINDS[at]
+        if control is None or control[0] not in wanted:
+            names = " or ".join(kind.value for kind in wanted)
+            raise BadFrame("hello", f"frame {frame.hex()}: a hello has {names} here")
+        said.append(control)
+    if len(data) > HELLO_SIZE:
+        raise BadFrame("hello", "there is more behind the hello, which was not answered yet")
+    if len(said) < len(_HELLO_KINDS):
+        return None
+    (_, high), (_, low), (kind, value) = said
+    if kind is Control.OPEN and not 1 <= value <= MAX_WINDOW:
+        raise BadFrame("hello", f"a window of {value} frames: 1 to {MAX_WINDOW} are possible")
+    return Hello(high << 64 | low, kind, value)
+
+
+class Refused(Enum):
+    """Why a hello is not followed by a session; what is sent instead of `applied`, before FIN."""
+
+    UNKNOWN = 2**64 - 1  # no such session
+    NO_ROOM = 2**64 - 2  # for another one
+    HELD = 2**64 - 3  # by another connection, and not given up in time
+
+
+_REFUSALS: Final = frozenset(refused.value for refused in Refused)
+
+Run = tuple[int, int]
+"""The number of the last frame of a batch, and the total right after that frame."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What answers a hello: how many frames of the session are in the total, the largest amount
+    that the server takes, and where those ended whose replies the client may not have."""
+
+    applied: int
+    limit: int
+    runs: tuple[Run, ...] = ()
+
+    def encode(self) -> bytes:
+        """Its bytes."""
+        return b"".join(
+            (
+                encode_total(self.applied),
+                encode_total(self.limit),
+                *(encode_total(word) for run in self.runs for word in run),
+            )
+        )
+
+
+def decode_answer(data: bytes, have: int = 0) -> tuple[Answer | Refused | None, bytes]:
+    """What answers a hello that said RESUME with `have`, or OPEN; and the bytes left over.
+
+    None where it is not whole. BadFrame, with the reason `answer`, where no server says so.
+    """
+    if len(data) < REPLY_SIZE:
+        return None, data
+    (applied,) = _TOTAL.unpack(data[:REPLY_SIZE])
+    if applied in _REFUSALS:
+        return Refused(applied), data[REPLY_SIZE:]
+    if len(data) < 2 * REPLY_SIZE:
+        return None, data
+    (limit,) = _TOTAL.unpack(data[REPLY_SIZE : 2 * REPLY_SIZE])
+    runs: list[Run] = []
+    last, at = have, 2 * REPLY_SIZE
+    while last < applied:
+        if len(data) < at + _RUN.size:
+            return None, data
+        run = _RUN.unpack_from(data, at)
+        if not last < run[0] <= applied:
+            raise BadFrame("answer", f"a run ends with frame {run[0]}, after {last} of {applied}")
+        runs.append(run)
+        last, at = run[0], at + _RUN.size
+    return Answer(applied, limit, tuple(runs)), data[at:]
 
 
 encode_total = _TOTAL.pack
