@@ -170,6 +170,7 @@ class ServingChild(Child):
 
     def on_death(self) -> None:
         self._shared.slots.clear_gauges(self._index)
+        self._shared.keeper.bury(self._index)
 
 
 class AdminChild(Child):

@@ -141,6 +141,13 @@ class ServerSettings(Settings):
         default=MAX_AMOUNT,
         parse=parse_whole(0),
     )
+    sessions: int = option(
+        "--sessions",
+        _COUNT,
+        "sessions kept at once, of clients that want each addition counted exactly once; 0: none",
+        default=10_000,
+        parse=parse_whole(0, 1_000_000),
+    )
     frame_timeout_s: float = option(
         "--frameTimeout",
         _TIME,

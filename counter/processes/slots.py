@@ -9,15 +9,12 @@ writer by then, clears its gauges.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
-import os
 import time
-import weakref
-from collections.abc import Iterator, MutableSequence
-from contextlib import contextmanager
+from collections.abc import MutableSequence
 from typing import Final
 
+from counter.processes.lock import SharedLock
 from protocol import TOTAL_MASK
 
 # Counts, which only grow and survive the process.
@@ -32,9 +29,13 @@ COMMIT_US: Final = 7  # microseconds in commits to a store, all together
 REFUSED: Final = 8  # the first of as many as there are REASONS
 # The first of as many as there are COMMIT_BOUNDS_S, and one: commits by how long they took.
 COMMITS: Final = 16
+SESSIONS_OPENED: Final = 28
+SESSIONS_RESUMED: Final = 29
+SESSIONS_REFUSED: Final = 30  # hellos that no session follows
+SESSIONS_EVICTED: Final = 31  # sessions that gave way to others
 
 # Why the server ended a connection that had not ended itself.
-REASONS: Final = ("checksum", "limit", "incomplete", "not-reading", "idle", "tls", "store")
+REASONS: Final = ("checksum", "limit", "incomplete", "not-reading", "idle", "tls", "store", "hello")
 COMMIT_BOUNDS_S: Final = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 # Gauges, which end with the process.
@@ -62,8 +63,7 @@ class Slots:
         self._memory = mmap.mmap(-1, count * _CELLS * 8)
         cells = memoryview(self._memory).cast("Q")
         self._slots = [cells[i * _CELLS : (i + 1) * _CELLS] for i in range(count)]
-        self._lock = os.memfd_create("slots-lock")
-        weakref.finalize(self, os.close, self._lock)
+        self._lock = SharedLock("slots-lock")
         self.began_at_s = time.time()  # with the server that they are made for
 
     def __len__(self) -> int:
@@ -73,17 +73,9 @@ class Slots:
         """A process's own slot, to be read and written by the names above."""
         return self._slots[index]  # type: ignore[return-value]
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process at a time, for what hangs on several slots and seldom happens.
-
-        The kernel drops the lock of a process that dies.
-        """
-        fcntl.lockf(self._lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._lock, fcntl.LOCK_UN)
+    def alone(self) -> SharedLock:
+        """One process at a time, for what hangs on several slots and seldom happens."""
+        return self._lock
 
     def cells(self, cell: int) -> list[int]:
         """One cell of each process."""

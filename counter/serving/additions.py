@@ -7,7 +7,7 @@ in the order of its connection, or its connection ends unanswered.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import MutableSequence
+from collections.abc import Callable, MutableSequence
 
 from counter.processes.slots import READS, REQUESTS
 from counter.totals.counter import Counter
@@ -55,19 +55,31 @@ class InMemory(Additions):
     together, and reading them all before answering any keeps the processor in one piece of code.
     """
 
-    __slots__ = ("_add", "_exchange", "_slot")
+    __slots__ = ("_add", "_add_tagged", "_exchange", "_slot")
 
-    def __init__(self, counter: Counter, slot: MutableSequence[int], engine: Engine) -> None:
+    def __init__(
+        self,
+        counter: Counter,
+        slot: MutableSequence[int],
+        engine: Engine,
+        add_tagged: Callable[[Turn], int] | None = None,
+    ) -> None:
+        """`add_tagged` adds a turn in which sessions ask for something, and gives back the total
+        before."""
         self._add = counter.add
+        self._add_tagged = add_tagged
         self._slot = slot
-        in_one_call = engine.in_one_call(counter, slot)
+        in_one_call = engine.in_one_call(counter, slot, self.ask)
         self._exchange = in_one_call or (lambda: engine.each_turn(self.ask))
 
     def exchange(self) -> None:
         self._exchange()
 
     def ask(self, turn: Turn) -> None:
-        before = self._add(turn.amount)
+        if turn.tagged and self._add_tagged is not None:
+            before = self._add_tagged(turn)
+        else:
+            before = self._add(turn.amount)
         slot = self._slot
         slot[REQUESTS] += turn.frames
         slot[READS] += turn.reads

@@ -8,7 +8,9 @@ The life of a connection:
      (workers.py);
   4. it is not read, and holds no worker, while replies wait for its peer to read them, or very many
      frames for the store;
-  5. at the end what it is owed goes out first. A peer that may still be sending gets FIN, and its
+  5. one that begins with a hello belongs to a session (sessions.py): the hello is read here, then
+     nothing until that is answered, and from then on it is served as any other;
+  6. at the end what it is owed goes out first. A peer that may still be sending gets FIN, and its
      socket lingers until the peer is quiet, because closing it with unread bytes would send RST and
      could destroy replies that were already sent.
 
@@ -28,10 +30,20 @@ from typing import Final, Protocol
 from counter.serving.additions import Additions
 from counter.serving.deadlines import Deadlines
 from counter.serving.ending import Ending
+from counter.serving.sessions import Sessions
 from counter.serving.workers import Workers
 from counter.system.sockets import silent_for_s, unread_bytes
 from counter.turn.engine import Engine, Interest, Kind
-from protocol import format_address
+from protocol import (
+    HELLO_SIZE,
+    REQUEST_SIZE,
+    Answer,
+    BadFrame,
+    Control,
+    decode_control,
+    decode_hello,
+    format_address,
+)
 
 
 class State(Enum):
@@ -41,6 +53,7 @@ class State(Enum):
     PARKED = "no worker, and nothing unread that is known of"
     WAITING = "something unread, and no worker yet"
     SERVED = "a worker: it is read"
+    GREETING = "not read until its hello is answered"
     STALLED = "not read until its replies are taken, or its frames answered"
     DRAINING = "read to the end of what its socket held when the drain began"
     ENDING = "not read any more; ends when it is owed nothing"
@@ -52,6 +65,7 @@ class Host(Protocol):
 
     engine: Engine
     additions: Additions
+    sessions: Sessions | None  # None where there are none
     workers: Workers[Connection]
     frame_deadlines: Deadlines[Connection]  # of frames that have begun
     write_deadlines: Deadlines[Connection]  # of replies that the kernel has not taken
@@ -76,18 +90,22 @@ class Host(Protocol):
 class Connection:
     """One peer. `ending` is None until the connection has to end, then the reason."""
 
-    __slots__ = ("ending", "fd", "host", "sock", "state", "unsent")
-
-    # What its socket is watched for while it is read.
-    interest: Interest = Interest.FRAMES
+    __slots__ = ("ending", "fd", "hello", "host", "sock", "state", "tag", "unsent")
 
     def __init__(self, host: Host, sock: _socket.socket) -> None:
         self.host = host
         self.sock = sock
         self.fd = sock.fileno()
         self.unsent = b""  # replies that the kernel did not take; nothing is read while there are
+        self.hello = b""  # that has begun and is not whole
+        self.tag = 0  # of its session; 0: it has none
         self.ending: Ending | None = None
         self.state = State.NEW
+
+    @property
+    def interest(self) -> Interest:
+        """What its socket is watched for while it is read."""
+        return Interest.BYTES if self.hello else Interest.FRAMES
 
     def abandon(self) -> None:
         """Ends one that the engine could not take."""
@@ -121,7 +139,7 @@ class Connection:
     def look(self) -> None:
         """Takes what has come, which may be what a deadline waits for: also without a worker, so
         that nobody is judged for what others have kept from being read."""
-        if self.state in (State.STALLED, State.ENDING, State.CLOSED):
+        if self.state in (State.GREETING, State.STALLED, State.ENDING, State.CLOSED):
             return
         # Of one that waits the engine tells nothing, a reset neither.
         if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -131,6 +149,9 @@ class Connection:
 
     def read(self) -> None:
         """Takes what has come."""
+        if self.hello:
+            self.read_hello()
+            return
         turn = self.host.engine.receive(self.fd)
         if turn is not None:
             self.host.additions.ask(turn)
@@ -163,6 +184,8 @@ class Connection:
         elif self.state is State.PARKED:
             self.state = State.WAITING
             self.host.workers.request(self)
+        elif self.state is State.SERVED and self.hello:
+            self.read()
 
     def on_begun(self, _: bytes) -> None:
         self.host.frame_deadlines.begin(self)
@@ -170,11 +193,94 @@ class Connection:
     def on_completed(self, _: bytes) -> None:
         self.host.frame_deadlines.end(self)
 
+    def on_hello(self, data: bytes) -> None:
+        """Takes the first bytes of a connection that are no frame, and may be a hello's."""
+        if self.host.sessions is None or decode_control(data[:REQUEST_SIZE]) is None:
+            self.on_checksum(data[:REQUEST_SIZE])
+        elif self.host.is_draining:
+            self.end(Ending.DRAIN)  # unanswered, so that its client goes elsewhere
+        else:
+            self.take_hello(data)
+
+    def read_hello(self) -> None:
+        """Reads more of a hello."""
+        try:
+            data = self.sock.recv(HELLO_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.on_reset(b"")
+            return
+        if data:
+            self.take_hello(self.hello + data)
+        else:
+            self.end(Ending.GONE)
+
+    def take_hello(self, data: bytes) -> None:
+        """Takes a hello as far as it has come; has it answered once it is whole."""
+        try:
+            hello = decode_hello(data)
+        except BadFrame as bad:
+            self.refuse(Ending.HELLO, str(bad))
+            return
+        self.hello = data
+        if hello is None:
+            self.host.frame_deadlines.begin_unless_begun(self)
+            if self.state is State.SERVED:
+                self.serve()
+            return
+        self.hello = b""
+        self.host.frame_deadlines.end(self)
+        self.watch(Interest.NOTHING, State.GREETING)
+        self.host.workers.leave(self)
+        self.sessions().greet(self, hello)
+
+    def welcome(self, tag: int, answer: Answer) -> None:
+        """Its hello is answered: it belongs to a session, whose frames bear `tag`."""
+        self.tag = tag
+        self.join(tag)
+        self.say(answer.encode())
+        if self.state is State.GREETING:
+            self.host.workers.admit(self)
+
+    def turn_away(self, answer: bytes) -> None:
+        """Its hello is answered, and there is no session for it, or not any more."""
+        self.say(answer)
+        self.end(Ending.SESSION)
+
+    def give_way(self) -> None:
+        """Its session goes on with another connection: what was not read of it is not added."""
+        self.cut(Ending.CUT)
+
     def on_checksum(self, frame: bytes) -> None:
-        self.refuse(Ending.CHECKSUM, self.host.explain(frame))
+        control = decode_control(frame) if self.tag else None
+        if control is not None and control[0] is Control.END:
+            self.sessions().end(self)
+        else:
+            self.on_bad_frame(Ending.CHECKSUM, frame)
 
     def on_limit(self, frame: bytes) -> None:
-        self.refuse(Ending.LIMIT, self.host.explain(frame))
+        self.on_bad_frame(Ending.LIMIT, frame)
+
+    def on_bad_frame(self, why: Ending, frame: bytes) -> None:
+        """Refuses a frame. A client of a session knows what is refused: it is broken, and its
+        session over."""
+        if self.tag:
+            self.sessions().abandon(self)
+        self.refuse(why, self.host.explain(frame))
+
+    def sessions(self) -> Sessions:
+        """Where there is a session to speak of."""
+        assert self.host.sessions is not None
+        return self.host.sessions
+
+    def join(self, tag: int) -> None:
+        """Has what it asks from now on bear a tag."""
+        self.host.engine.join(self.fd, tag)
+
+    def say(self, data: bytes) -> None:
+        """Sends what is no reply."""
+        self.transmit(data)
 
     def on_end(self, _: bytes) -> None:
         self.end(Ending.GONE)
@@ -327,6 +433,9 @@ class Connection:
         """Ends the connection after what its socket holds now is counted and answered."""
         if self.state is State.ENDING:
             return
+        if self.hello or self.state is State.GREETING:
+            self.end(Ending.DRAIN)
+            return
         if self.state is State.NEW:  # it was in the backlog
             self.watch(Interest.NOTHING, State.PARKED)
         unread = unread_bytes(self.sock)
@@ -353,8 +462,10 @@ class Connection:
         if self.state is State.CLOSED:
             return
         self.void()
-        self.state = State.CLOSED
         host = self.host
+        if self.tag or self.state is State.GREETING:
+            self.sessions().leave(self)
+        self.state = State.CLOSED
         host.workers.leave(self)
         host.frame_deadlines.end(self)
         host.write_deadlines.end(self)
@@ -376,6 +487,8 @@ class Connection:
 
     def overdue(self) -> str:
         """What the frame deadline has ended, for the log."""
+        if self.hello:
+            return f"a hello stopped after {len(self.hello)} bytes"
         return f"a frame stopped after {self.host.engine.held(self.fd)} bytes"
 
 
@@ -392,4 +505,5 @@ _DECISIONS: Final[dict[int, Callable[[Connection, bytes], None]]] = {
     Kind.FULL: Connection.on_full,
     Kind.ANSWERED: Connection.on_answered,
     Kind.FAILED: Connection.on_failed,
+    Kind.HELLO: Connection.on_hello,
 }

@@ -18,6 +18,8 @@ class Ending(Enum):
     IDLE = "idle"
     TLS = "tls"
     STORE = "store"
+    HELLO = "hello"
+    SESSION = "session"  # it is over, or there is none for this connection
     NOT_READING = "not-reading"
     GONE = "gone"  # the peer has closed or reset it
     FAILED = "failed"  # an error of the server's own

@@ -72,6 +72,8 @@ class ServingProcess:
             self.index,
             self.certificates,
             self.most_connections,
+            self.keeper.ledger,
+            self.keeper.bells,
         )
         server.start()
         self.on_start()

@@ -22,6 +22,7 @@ from gevent.pool import Pool
 
 from counter.options.server import DEFAULT_CONNECTIONS, ServerSettings
 from counter.options.values import Seconds
+from counter.processes.bells import Bells
 from counter.processes.slots import (
     BACKLOG,
     CONNECTIONS,
@@ -47,6 +48,7 @@ from counter.serving.group_commit import GroupCommit
 from counter.serving.idle import Room
 from counter.serving.linger import Lingering
 from counter.serving.outage import Outage
+from counter.serving.sessions import MemorySessions, Sessions
 from counter.serving.spreading import SpreadingServer
 from counter.serving.workers import Workers
 from counter.system.accepting import ACCEPT_PAUSE_S
@@ -56,6 +58,8 @@ from counter.system.sockets import waiting_connections
 from counter.tls.certificates import Certificates
 from counter.tls.snapshot import CertificateError
 from counter.totals.counter import Counter
+from counter.totals.ledger import Ledger, SharedLedger
+from counter.totals.memory import AtomicCounter
 from counter.totals.store import Store
 from counter.turn.engines import make_decoder, make_engine
 from counter.turn.library import choose
@@ -100,6 +104,8 @@ class CounterServer(SpreadingServer):
         index: int = 0,
         certificates: Certificates | None = None,
         most_connections: int = DEFAULT_CONNECTIONS,
+        ledger: Ledger | None = None,
+        bells: Bells | None = None,
     ) -> None:
         self.hub = gevent.get_hub()
         super().__init__(listener, Pool(workers), Slots(1) if slots is None else slots, index)
@@ -108,11 +114,8 @@ class CounterServer(SpreadingServer):
         name, _ = choose(settings.engine)
         self._decoder = make_decoder(settings.max_increment, name == "plain" or bool(certificates))
         self.engine = make_engine(name, self._decoder)
-        self.additions: Additions = (
-            self._make_group(counter, settings)
-            if isinstance(counter, Store)
-            else InMemory(counter, self.slot, self.engine)
-        )
+        self.sessions: Sessions | None = None
+        self.additions = self._make_additions(counter, settings, ledger, bells)
         self.connections: dict[int, Connection] = {}  # by descriptor
         self.most_connections = most_connections
         self.frame_deadlines: Deadlines[Connection] = Deadlines(settings.frame_timeout_s)
@@ -205,6 +208,23 @@ class CounterServer(SpreadingServer):
         from counter.serving.tls_connection import TlsConnection
 
         return TlsConnection(self, sock, self._tls_context, self._decoder)
+
+    def _make_additions(
+        self, counter: Counter, settings: ServerSettings, ledger: Ledger | None, bells: Bells | None
+    ) -> Additions:
+        """What adds, and the sessions that hang on it where `ledger` keeps any."""
+        if isinstance(counter, Store):
+            return self._make_group(counter, settings)
+        if ledger is None or bells is None:
+            return InMemory(counter, self.slot, self.engine)
+        if isinstance(ledger, SharedLedger) and isinstance(counter, AtomicCounter):
+            words = ledger.memory, ledger.before_at(self.index), ledger.notes_at, ledger.places
+            if tagged_add := self.engine.tagged_add(counter.address, *words):
+                ledger.use(tagged_add)
+        limit = settings.max_increment
+        sessions = MemorySessions(ledger, self.index, bells, limit, self.slot, self.hub.loop)
+        self.sessions = sessions
+        return InMemory(counter, self.slot, self.engine, sessions.add)
 
     def _make_group(self, store: Store, settings: ServerSettings) -> GroupCommit:
         timeout_s = settings.store_timeout_s
@@ -308,6 +328,8 @@ class CounterServer(SpreadingServer):
             self.failed(traceback.format_exc())
         self._lingering.sweep(now)
         self.additions.sweep(now)
+        if self.sessions is not None:
+            self.sessions.sweep(now)
         self._note_gauges()
         if self.workers.waiting:
             self._warn_full()
@@ -393,6 +415,8 @@ class CounterServer(SpreadingServer):
             connection.cut(Ending.CUT)
         self._lingering.close()
         self.additions.close()
+        if self.sessions is not None:
+            self.sessions.close()
         self.workers.close()
         self._sweeper.close()
         self._turns.close()

@@ -18,7 +18,7 @@ from counter.serving.ending import Ending
 from counter.tls.session import Session, TlsError
 from counter.turn.engine import Interest, Kind
 from counter.turn.plain import LARGE_READ, Asker, BatchTurn
-from protocol import BadFrame, Decoder
+from protocol import REQUEST_SIZE, BadFrame, Decoder
 
 
 class _Asker(Asker):
@@ -40,7 +40,7 @@ class _Asker(Asker):
 class TlsConnection(Connection):
     """One peer under TLS. `unsent` holds bytes of the wire, as everywhere."""
 
-    __slots__ = ("asker", "decoder", "left", "read_at", "rest", "session")
+    __slots__ = ("asker", "decoder", "is_fresh", "left", "read_at", "rest", "session")
 
     interest = Interest.BYTES
 
@@ -51,6 +51,7 @@ class TlsConnection(Connection):
         self.decoder = decoder
         super().__init__(host, sock)
         self.asker = _Asker(self)
+        self.is_fresh = True  # no frame was taken yet
         self.rest = b""  # the bytes of an incomplete frame
         self.left = -1  # bytes that are still to be read; below 0: without an end
         self.read_at = 0.0
@@ -105,7 +106,9 @@ class TlsConnection(Connection):
             return
         deadlines = self.host.frame_deadlines
         began_at = None
-        if not self.rest and (frames or not before or not session.is_within_record()):
+        if not (self.rest or self.hello) and (
+            frames or not before or not session.is_within_record()
+        ):
             # Of the handshake, or of a record that is whole now.
             began_at = deadlines.end(self)
         if frames:
@@ -124,22 +127,43 @@ class TlsConnection(Connection):
 
     def decode(self, data: bytes) -> None:
         """Verifies all whole frames, has them added, and keeps the rest."""
+        if self.hello:
+            self.take_hello(self.hello + data)
+            return
         had_begun = bool(self.rest)
-        refusal: tuple[Ending, str] | None = None
+        data = self.rest + data
+        refused: BadFrame | None = None
         try:
-            batch, self.rest = self.decoder.decode(self.rest + data)
+            batch, self.rest = self.decoder.decode(data)
         except BadFrame as bad:
             batch, self.rest = bad.batch, b""
-            refusal = Ending(bad.reason), str(bad)  # not the error: its traceback holds this frame
+            refused = bad.with_traceback(None)  # which would hold this call's frame
         if self.rest:
             if batch or not had_begun:
                 self.host.frame_deadlines.begin(self)
         elif had_begun:
             self.host.frame_deadlines.end(self)
+        is_first = self.is_fresh and not batch
+        self.is_fresh = self.is_fresh and not batch and refused is None
         if batch:
             self.host.additions.ask(BatchTurn([(self.asker, batch.sum(), batch)]))
-        if refusal is not None:
-            self.refuse(*refusal)
+        if refused is not None:
+            self.decide_refusal(refused.reason, data[len(batch) * REQUEST_SIZE :], is_first)
+
+    def decide_refusal(self, reason: str, data: bytes, is_first: bool) -> None:
+        """Decides what is done about data that begins with a frame that is refused."""
+        if reason == "limit":
+            self.on_limit(data[:REQUEST_SIZE])
+        elif is_first:
+            self.on_hello(data)
+        else:
+            self.on_checksum(data[:REQUEST_SIZE])
+
+    def join(self, tag: int) -> None:
+        self.asker.tag = tag
+
+    def say(self, data: bytes) -> None:
+        self.send(data)
 
     def send(self, replies: bytes) -> None:
         """Encrypts replies and hands them to the kernel."""
@@ -157,11 +181,14 @@ class TlsConnection(Connection):
         self.asker.is_live = False
         if self.asker.owed:
             self.host.additions.note_void()
-        self.asker = _Asker(self)
+        tag, self.asker = self.asker.tag, _Asker(self)
+        self.asker.tag = tag
 
     def overdue(self) -> str:
         if not self.session.handshaken:
             return "no TLS handshake in time"
+        if self.hello:
+            return super().overdue()
         if self.rest:
             return f"a frame stopped after {len(self.rest)} bytes"
         return "a TLS record stopped"

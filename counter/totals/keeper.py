@@ -14,12 +14,15 @@ from typing import Final
 
 from counter.options.server import ServerSettings
 from counter.options.values import Seconds, StoreAddress
+from counter.processes.bells import Bells
 from counter.processes.child import ChildError, ask_child
 from counter.processes.signals import STOP_SIGNALS, Stopped, raise_stopped
 from counter.processes.slots import Slots
 from counter.system.signals import handled
 from counter.totals.counter import Counter
-from counter.totals.memory import MemoryCounter, make_shared_counter
+from counter.totals.ledger import Ledger, OwnLedger, SharedLedger, unavailable
+from counter.totals.memory import AtomicCounter, MemoryCounter, make_shared_counter
+from counter.totals.sessions import SessionTable
 from counter.totals.store import Found, Store, StoreAway, StoreError
 
 # So long may the last reading of the total take, at the end of the server.
@@ -32,6 +35,12 @@ class Keeper(ABC):
     """The total, before the processes of a server are forked and after they have ended."""
 
     found: Found
+    ledger: Ledger | None = None  # of sessions, where there may be any
+    bells: Bells | None = None  # of the processes that have them
+    why_no_sessions: str = ""
+
+    def bury(self, place: int) -> None:  # noqa: B027  # most leave nothing behind
+        """Finishes or undoes what the serving process at `place` was at, which is dead."""
 
     @abstractmethod
     def open(self) -> Counter:
@@ -45,11 +54,37 @@ class Keeper(ABC):
 class MemoryKeeper(Keeper):
     """The total in memory, shared by the processes forked from this one if there are any."""
 
-    def __init__(self, start: int, processes: int) -> None:
+    def __init__(self, start: int, processes: int, sessions: int = 0) -> None:
         self._counter = make_shared_counter(start) if processes else MemoryCounter(start)
+        self._make_ledger(sessions, processes)
         way = getattr(self._counter, "way", "")
         survives = f"the death of a serving process, shared by {way}" if processes else "nothing"
         self.found = Found(start, True, survives)
+
+    def _make_ledger(self, sessions: int, processes: int) -> None:
+        """Makes room for so many sessions, or says why there are none."""
+        if not sessions:
+            self.why_no_sessions = "--sessions is 0"
+            return
+        if processes:
+            self.why_no_sessions = unavailable(self._counter, processes)
+            if self.why_no_sessions:
+                return
+        try:
+            table = SessionTable(sessions, max(1, processes))
+        except OSError as error:
+            self.why_no_sessions = f"no memory for {sessions} ({error.strerror}); lower --sessions"
+            return
+        self.bells = Bells(max(1, processes))
+        if isinstance(self._counter, AtomicCounter):
+            self.ledger = SharedLedger(self._counter, table, processes)
+        else:
+            self.ledger = OwnLedger(self._counter, table)
+
+    def bury(self, place: int) -> None:
+        if self.ledger is not None and self.bells is not None:
+            self.ledger.bury(place)
+            self.bells.ring_all()
 
     def open(self) -> Counter:
         return self._counter
@@ -62,6 +97,7 @@ class StoreKeeper(Keeper):
     """The total in a store; StoreError if it cannot be used."""
 
     def __init__(self, settings: ServerSettings, processes: int) -> None:
+        self.why_no_sessions = "a store keeps none"
         self._address = settings.store
         self._forks = processes > 0
 
@@ -113,5 +149,5 @@ def open_store(address: StoreAddress) -> Store:
 def make_keeper(settings: ServerSettings, processes: int) -> Keeper:
     """The keeper that the settings name; StoreError if its store cannot be used."""
     if settings.store.kind == "memory":
-        return MemoryKeeper(settings.set_total or 0, processes)
+        return MemoryKeeper(settings.set_total or 0, processes, settings.sessions)
     return StoreKeeper(settings, processes)

@@ -50,17 +50,37 @@ class AtomicCounter(Counter):
         import cffi
 
         ffi = cffi.FFI()
-        ffi.cdef("uint64_t __atomic_fetch_add_8(void *where, uint64_t amount, int order);")
+        ffi.cdef("""
+            uint64_t __atomic_fetch_add_8(void *where, uint64_t amount, int order);
+            bool __atomic_compare_exchange(size_t size, void *where, void *expected, void *desired,
+                                           int order, int order_of_failure);
+        """)
         self._library: Any = ffi.dlopen("libatomic.so.1")
         # By name as text: Python mangles a name with two underscores inside a class.
         self._fetch_add = getattr(self._library, "__atomic_fetch_add_8")
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._where = ffi.cast("void *", ffi.from_buffer(self._memory))
+        self.words = memoryview(self._memory).cast("Q")[:2]  # the total, and the tag beside it
+        self._exchange = getattr(self._library, "__atomic_compare_exchange")
+        self._expected, self._desired = ffi.new("uint64_t[2]"), ffi.new("uint64_t[2]")
         self.address = int(ffi.cast("uintptr_t", self._where))  # for C that adds by itself
         self.add(start)
 
     def add(self, amount: int) -> int:
         return int(self._fetch_add(self._where, amount & TOTAL_MASK, _SEQ_CST))
+
+    def compare_exchange(self, total: int, tag: int, new_total: int, new_tag: int) -> bool:
+        """Swaps total and tag if they are what they were; whether they were.
+
+        libatomic takes the instruction of 16 bytes where the processor has it (it looks for cx16 at
+        its start, and the memory is aligned), and otherwise a lock of its own, which no other
+        process knows: ledger.unavailable() says whether this is to be used.
+        """
+        self._expected[0], self._expected[1] = total, tag
+        self._desired[0], self._desired[1] = new_total, new_tag
+        return bool(
+            self._exchange(16, self._where, self._expected, self._desired, _SEQ_CST, _SEQ_CST)
+        )
 
     def close(self) -> None:
         """The memory lives as long as a process that shares it."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import _socket
 import errno
+import mmap
 import os
 import struct
+import time
 from collections.abc import Callable, MutableSequence
 from typing import Any, Final
 
 from counter.processes.slots import READS, REQUESTS
-from counter.turn.engine import LONGEST_S, Adder, Engine, Interest, KeptTurn, Turn
+from counter.turn.engine import LONGEST_S, Adder, Engine, Interest, KeptTurn, Share, Turn
 from counter.turn.library import Library
 from protocol import MAX_AMOUNT, TOTAL_MASK
 
@@ -18,6 +20,7 @@ _LONGEST_NS: Final = int(LONGEST_S * 1e9)
 
 # struct turn_event: unpacked at once, a field of a cdata takes as long as a whole event.
 _EVENTS: Final = struct.Struct("@iiIP")
+_SHARES: Final = struct.Struct("@I4xQQ")  # struct turn_share
 
 
 class CompiledEngine(Engine):
@@ -62,6 +65,9 @@ class CompiledEngine(Engine):
     def tell_answered(self, fd: int) -> None:
         self.lib.turn_tell(self.engine, fd)
 
+    def join(self, fd: int, tag: int) -> None:
+        self.lib.turn_join(self.engine, fd, tag)
+
     def owed(self, fd: int) -> int:
         return int(self.lib.turn_owed(self.engine, fd))
 
@@ -82,7 +88,9 @@ class CompiledEngine(Engine):
     def is_quiet(self) -> bool:
         return self._ready <= 0
 
-    def in_one_call(self, counter: Adder, slot: MutableSequence[int]) -> Callable[[], None] | None:
+    def in_one_call(
+        self, counter: Adder, slot: MutableSequence[int], take: Callable[[Turn], None]
+    ) -> Callable[[], None] | None:
         address = getattr(counter, "address", 0)
         if not address:
             return None
@@ -92,10 +100,37 @@ class CompiledEngine(Engine):
         requests, reads = cells + REQUESTS, cells + READS
 
         def exchange() -> None:
-            if serve(engine, total, requests, reads, _LONGEST_NS):
+            until = 0.0
+            while serve(engine, total, requests, reads, _LONGEST_NS):
                 self.take_events()
+                if not self._state.tagged:
+                    return
+                take(_Received(self, self._state))
+                until = until or time.monotonic() + LONGEST_S
+                if self.events or time.monotonic() > until:
+                    return
 
         return exchange
+
+    def tagged_add(
+        self, address: int, memory: mmap.mmap, before_at: int, notes_at: int, places: int
+    ) -> Callable[[int, int], None] | None:
+        if not self.lib.cell_can_swap():
+            return None
+        cell_add, cell = self.lib.cell_add, self.ffi.cast("struct cell *", address)
+        words = self.ffi.from_buffer("uint64_t[]", memory)
+        before, notes = words + before_at, words + notes_at
+
+        def add(amount: int, tag: int) -> None:
+            cell_add(cell, amount, tag, before, notes, places)
+
+        return add
+
+    def read_shares(self, parts: Any, count: int) -> list[Share]:
+        """What of so many parts bears a tag; NULL: of the turn that was received."""
+        shares = self.ffi.new("struct turn_share[]", count)
+        found = self.lib.turn_shares(self.engine, parts, count, shares)
+        return list(_SHARES.iter_unpack(self.ffi.buffer(shares, found * _SHARES.size)))
 
     def take_events(self) -> None:
         """Takes over what the last call has to tell."""
@@ -113,12 +148,15 @@ class CompiledEngine(Engine):
 class _Received(Turn):
     """What the last call of C has read; it is there until the next, and nobody can leave before."""
 
-    __slots__ = ("_amounts", "_engine", "amount", "frames", "reads")
+    __slots__ = ("_amounts", "_engine", "amount", "frames", "reads", "tagged")
 
     def __init__(self, engine: CompiledEngine, state: Any) -> None:
         self._engine = engine
         self.amount, self.frames, self.reads = state.sum, state.frames, state.parts
-        self._amounts = state.amounts
+        self.tagged, self._amounts = state.tagged, state.amounts
+
+    def shares(self) -> list[Share]:
+        return self._engine.read_shares(self._engine.ffi.NULL, self.reads)
 
     def answer(self, before: int) -> None:
         engine = self._engine
@@ -132,12 +170,12 @@ class _Received(Turn):
 class _Kept(KeptTurn):
     """A turn in memory of its own."""
 
-    __slots__ = ("_amounts", "_count", "_engine", "_parts", "amount", "frames", "reads")
+    __slots__ = ("_amounts", "_count", "_engine", "_parts", "amount", "frames", "reads", "tagged")
 
     def __init__(self, engine: CompiledEngine, turn: Turn, amounts: int) -> None:
         self._engine = engine
         self.amount, self.frames, self.reads = turn.amount, turn.frames, turn.reads
-        self._count = turn.reads
+        self.tagged, self._count = turn.tagged, turn.reads
         self._parts = engine.ffi.new("struct turn_part[]", self._count)
         self._amounts = engine.ffi.new("uint64_t[]", amounts)
         engine.lib.turn_keep(engine.engine, self._parts, self._amounts)
@@ -151,6 +189,9 @@ class _Kept(KeptTurn):
     def keep(self) -> KeptTurn:
         return self
 
+    def shares(self) -> list[Share]:
+        return self._engine.read_shares(self._parts, self._count)
+
     def purge(self) -> None:
         for index in range(self._count):
             part = self._parts[index]
@@ -158,6 +199,7 @@ class _Kept(KeptTurn):
                 self.amount = (self.amount - part.batch.sum) & TOTAL_MASK
                 self.frames -= part.batch.count
                 self.reads -= 1
+                self.tagged -= part.tag != 0
                 part.batch.count = part.batch.sum = 0
 
     def live_frames(self) -> int:

@@ -14,6 +14,7 @@ system call as much again.
 from __future__ import annotations
 
 import _socket
+import mmap
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, MutableSequence
@@ -25,6 +26,10 @@ from gevent import monkey
 # So many connections at most are read before they are answered: with thousands, the first would
 # have left the processor's cache by then.
 TURN_PARTS: Final = 64
+
+# Of a connection that begins with what is no frame so many bytes are told: a hello has 48, and
+# nothing stands behind it.
+HELLO_ROOM: Final = 64
 
 # While something was ready the epoll is asked again, so many times and so long at most: a turn of
 # the loop costs 3 us, and the loop's other work must not wait for longer than that.
@@ -38,7 +43,7 @@ _EPOLLONESHOT: Final = 1 << 30
 
 class Kind(IntEnum):
     """What is to be decided of a connection. UNSENT comes with the replies, CHECKSUM and LIMIT with
-    the frame that is refused, FAILED with the traceback."""
+    the frame that is refused, HELLO with all that was read, FAILED with the traceback."""
 
     READY = 1  # one that is served elsewhere can be read, or written
     BEGUN = 2  # a frame has begun that is not whole
@@ -52,13 +57,17 @@ class Kind(IntEnum):
     FULL = 10  # very many frames wait for a store
     ANSWERED = 11  # nothing waits for a store any more; follows FULL, or tell_answered()
     FAILED = 12  # an error of this program's own
+    HELLO = 13  # its first frame is none: it may belong to a session
 
 
 Event = tuple[int, int, bytes]
 """A Kind, a descriptor, and the bytes that come with it."""
 
+Share = tuple[int, int, int]
+"""A tag, how many frames of one read bear it, and the sum of the turn up to the last of them."""
+
 # What ends a connection that may have asked for something just before.
-_ENDS: Final = frozenset((Kind.CHECKSUM, Kind.LIMIT, Kind.END, Kind.DRAINED))
+_ENDS: Final = frozenset((Kind.CHECKSUM, Kind.LIMIT, Kind.HELLO, Kind.END, Kind.DRAINED))
 
 
 class Interest(Enum):
@@ -90,6 +99,11 @@ class Turn(ABC):
     amount: int  # what to add, to be taken modulo 2^64
     frames: int
     reads: int  # from how many connections
+    tagged: int  # how many of those bear a tag
+
+    @abstractmethod
+    def shares(self) -> list[Share]:
+        """What those that bear a tag ask, in the order in which it is added."""
 
     @abstractmethod
     def answer(self, before: int) -> None:
@@ -182,6 +196,10 @@ class Engine(ABC):
         """Has ANSWERED tell when nothing is owed any more."""
 
     @abstractmethod
+    def join(self, fd: int, tag: int) -> None:
+        """Has all that the connection asks from now on bear a tag, of 1 to 2^32 - 1."""
+
+    @abstractmethod
     def owed(self, fd: int) -> int:
         """How many frames wait for a store."""
 
@@ -213,9 +231,20 @@ class Engine(ABC):
             if self.events or self.is_quiet() or time.monotonic() > until:
                 break
 
-    def in_one_call(self, counter: Adder, slot: MutableSequence[int]) -> Callable[[], None] | None:
+    def in_one_call(
+        self, counter: Adder, slot: MutableSequence[int], take: Callable[[Turn], None]
+    ) -> Callable[[], None] | None:
         """What receives, adds to a total in memory and answers as each_turn() would, without a call
-        of Python's in between; None where this engine or this total has no such way."""
+        of Python's in between; turns in which anything bears a tag are left to `take`. None where
+        this engine or this total has no such way."""
+        return None
+
+    def tagged_add(
+        self, address: int, memory: mmap.mmap, before_at: int, notes_at: int, places: int
+    ) -> Callable[[int, int], None] | None:
+        """What adds an amount, with a tag, to the total at an address that has its tag beside it,
+        writes the total before into the word `before_at` of `memory`, and notes whose tag was
+        replaced in those from `notes_at`; None where this engine has no such way."""
         return None
 
 

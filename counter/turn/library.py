@@ -25,7 +25,7 @@ NAME: Final = "counter_turn"
 SOURCES: Final = Path(__file__).parent
 
 # What the library offers: declarations without a line for the preprocessor, as cffi reads them.
-INTERFACE: Final = ("source.h", "frames.h", "turn.h", "load.h")
+INTERFACE: Final = ("source.h", "frames.h", "turn.h", "cell.h", "load.h")
 
 REMEDY: Final = "pip install -r requirements.txt builds it"
 

@@ -13,7 +13,16 @@ from abc import ABC, abstractmethod
 from itertools import repeat
 from typing import Final
 
-from counter.turn.engine import TURN_PARTS, Engine, Interest, KeptTurn, Kind, Turn
+from counter.turn.engine import (
+    HELLO_ROOM,
+    TURN_PARTS,
+    Engine,
+    Interest,
+    KeptTurn,
+    Kind,
+    Share,
+    Turn,
+)
 from protocol import (
     MAX_UNREAD_FRAMES,
     REPLY_SIZE,
@@ -39,12 +48,13 @@ _REFUSALS: Final = {"checksum": Kind.CHECKSUM, "limit": Kind.LIMIT}
 class Asker(ABC):
     """Who asks in a turn of Python's: a connection until it is forgotten, or what it asked void."""
 
-    __slots__ = ("fd", "is_live", "owed", "tells")
+    __slots__ = ("fd", "is_live", "owed", "tag", "tells")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.is_live = True
         self.owed = 0  # frames that wait for a store
+        self.tag = 0  # that it bears; 0: none
         self.tells = False  # that nothing is owed, once that is so
 
     @abstractmethod
@@ -77,7 +87,7 @@ Part = tuple[Asker, int, Batch | None]
 class BatchTurn(KeptTurn):
     """A turn of batches that Python has decoded."""
 
-    __slots__ = ("amount", "frames", "is_kept", "parts", "reads")
+    __slots__ = ("amount", "frames", "is_kept", "parts", "reads", "tagged")
 
     def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
@@ -88,6 +98,19 @@ class BatchTurn(KeptTurn):
         self.amount = sum([amount for _, amount, _ in self.parts])
         self.frames = sum([1 if batch is None else len(batch) for _, _, batch in self.parts])
         self.reads = len(self.parts)
+        self.tagged = sum([asker.tag > 0 for asker, _, _ in self.parts])
+
+    def shares(self) -> list[Share]:
+        return self.shares_behind(0)
+
+    def shares_behind(self, offset: int) -> list[Share]:
+        """The shares of its parts, in a turn that has amounts of such a sum before them."""
+        shares = []
+        for asker, amount, batch in self.parts:
+            offset = (offset + amount) & TOTAL_MASK
+            if asker.tag:
+                shares.append((asker.tag, 1 if batch is None else len(batch), offset))
+        return shares
 
     def answer(self, before: int) -> None:
         for asker, amount, batch in self.parts:
@@ -129,7 +152,18 @@ _PeerPart = tuple["_Peer", int, Batch | None]
 class _Peer(Asker):
     """One connection, until what it asked is void."""
 
-    __slots__ = ("engine", "holds", "is_served", "left", "read_at", "read_size", "rest", "sock")
+    __slots__ = (
+        "engine",
+        "holds",
+        "is_fresh",
+        "is_plain",
+        "is_served",
+        "left",
+        "read_at",
+        "read_size",
+        "rest",
+        "sock",
+    )
 
     def __init__(self, engine: PlainEngine, sock: _socket.socket, is_served: bool) -> None:
         super().__init__(sock.fileno())
@@ -137,6 +171,8 @@ class _Peer(Asker):
         self.sock = sock
         self.is_served = is_served
         self.holds = False
+        self.is_fresh = True  # none of its frames was taken or refused yet
+        self.is_plain = False  # not fresh, and nothing is to be seen to but what it asks
         self.rest = b""  # the bytes of an incomplete frame
         self.left = -1
         self.read_size = SMALL_READ
@@ -157,6 +193,10 @@ class _Peer(Asker):
                 return
         if sent < len(data):
             self.tell_unsent(data[sent:])
+
+    def note_plain(self) -> None:
+        """Notes whether all there is to it is what it asks."""
+        self.is_plain = not (self.is_fresh or self.rest or self.left >= 0 or self.tag)
 
     def tell_unsent(self, data: bytes) -> None:
         """Has replies kept that the kernel did not take, and all that follow them."""
@@ -182,6 +222,9 @@ class _PeerTurn(BatchTurn):
         self.amount += sum(self.amounts)
         self.frames += len(self.lone)
         self.reads += len(self.lone)
+
+    def shares(self) -> list[Share]:
+        return self.shares_behind(sum(self.amounts))
 
     def keep(self) -> KeptTurn:
         self.parts += zip(self.lone, self.amounts, repeat(None))
@@ -242,11 +285,18 @@ class PlainEngine(Engine):
         old.is_live = False
         new = self._peers[fd] = _Peer(self, old.sock, old.is_served)
         new.rest, new.holds, new.left, new.read_at = old.rest, old.holds, old.left, old.read_at
-        new.read_size = old.read_size
+        new.read_size, new.tag = old.read_size, old.tag
+        new.is_fresh, new.is_plain = old.is_fresh, old.is_plain
 
     def limit(self, fd: int, count: int) -> None:
         peer = self._peers[fd]
         peer.left, peer.read_size = count, min(count, LARGE_READ)
+        peer.note_plain()
+
+    def join(self, fd: int, tag: int) -> None:
+        peer = self._peers[fd]
+        peer.tag = tag
+        peer.note_plain()
 
     def hold(self, fd: int, holds: bool) -> None:
         self._peers[fd].holds = holds
@@ -284,11 +334,11 @@ class PlainEngine(Engine):
                 data = peer.sock.recv(peer.read_size)
                 peer.read_at = now
                 amount = known(data)
-                if amount is None or peer.rest or peer.left >= 0:
-                    self._take(peer, data, parts)
-                else:
+                if amount is not None and peer.is_plain:
                     lone.append(peer)
                     amounts.append(amount)
+                else:
+                    self._take(peer, data, parts)
             except BlockingIOError:
                 pass
             except OSError:
@@ -315,11 +365,16 @@ class PlainEngine(Engine):
             batch, peer.rest = bad.batch, b""
             at = len(batch) * REQUEST_SIZE
             refusal = _REFUSALS[bad.reason], frames[at : at + REQUEST_SIZE]
+            # Whether it is a hello is not said here: it gets what stands behind it too.
+            if peer.is_fresh and not batch and refusal[0] is Kind.CHECKSUM:
+                refusal = Kind.HELLO, frames[:HELLO_ROOM]
+        peer.is_fresh = peer.is_fresh and len(frames) < REQUEST_SIZE
+        peer.note_plain()
         if batch:
             parts.append((peer, batch.sum(), batch))
         if peer.rest and (batch or not had_begun):
             peer.tell(Kind.BEGUN)
-        elif had_begun and not peer.rest:
+        elif had_begun and not peer.rest and (refusal is None or refusal[0] is not Kind.HELLO):
             peer.tell(Kind.COMPLETED)
         if refusal is not None:
             peer.tell(*refusal)

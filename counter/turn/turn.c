@@ -29,6 +29,7 @@ enum {
 struct connection {
     uint32_t serial; /* changes when it is forgotten */
     uint32_t owed;   /* frames that wait for a store */
+    uint32_t tag;    /* whose it is, to Python; 0: nobody's */
     int64_t left;    /* bytes that are still to be read; below 0: without an end */
     int64_t read_at_ns;
     uint8_t held[FRAME_BYTES]; /* of a frame that has begun */
@@ -36,6 +37,7 @@ struct connection {
     bool serves; /* its frames are taken here; otherwise Python is told that it is ready */
     bool holds;  /* replies that came before wait for the kernel: these wait behind them */
     bool tells;  /* Python wants to know when nothing is owed */
+    bool fresh;  /* none of its frames was taken or refused yet */
 };
 
 struct turn_engine {
@@ -51,7 +53,7 @@ struct turn_engine {
     uint8_t out[REPLY_ROOM];
     uint8_t unsent[TURN_PARTS * REPLY_ROOM];
     size_t unsent_bytes;
-    uint8_t refused[TURN_PARTS * FRAME_BYTES];
+    uint8_t refused[TURN_PARTS * TURN_HELLO_BYTES];
     size_t refusals;
 };
 
@@ -92,7 +94,8 @@ int turn_add(struct turn_engine *engine, int fd) {
         engine->room = room;
     }
     struct connection *connection = &engine->connections[fd];
-    *connection = (struct connection){.serial = connection->serial, .left = -1};
+    *connection =
+        (struct connection){.serial = connection->serial, .left = -1, .fresh = true};
     return 0;
 }
 
@@ -123,6 +126,10 @@ void turn_void(struct turn_engine *engine, int fd) {
 
 void turn_tell(struct turn_engine *engine, int fd) { engine->connections[fd].tells = true; }
 
+void turn_join(struct turn_engine *engine, int fd, uint32_t tag) {
+    engine->connections[fd].tag = tag;
+}
+
 uint32_t turn_serial(const struct turn_engine *engine, int fd) {
     return engine->connections[fd].serial;
 }
@@ -139,6 +146,14 @@ int64_t turn_read_at(const struct turn_engine *engine, int fd) {
     return engine->connections[fd].read_at_ns;
 }
 
+/* Tells of a refused frame, which is in `in` behind `good` others. */
+static void refuse(struct turn_engine *engine, int fd, enum turn_kind kind, size_t good,
+                   size_t size) {
+    uint8_t *refused = engine->refused + engine->refusals++ * TURN_HELLO_BYTES;
+    memcpy(refused, engine->in + good * FRAME_BYTES, size);
+    tell(engine, fd, kind, refused, size);
+}
+
 /* Verifies what `in` holds, which begins with what was held: the good frames join the turn. */
 static void take_frames(struct turn_engine *engine, int fd, size_t bytes) {
     struct connection *connection = &engine->connections[fd];
@@ -150,22 +165,26 @@ static void take_frames(struct turn_engine *engine, int fd, size_t bytes) {
     size_t good = batch.count;
     if (good > 0) {
         engine->parts[state->parts++] =
-            (struct turn_part){fd, connection->serial, batch, amounts};
+            (struct turn_part){fd, connection->serial, connection->tag, batch, amounts};
+        state->tagged += connection->tag != 0;
         state->frames += good;
         state->sum += batch.sum;
         state->amounts += batch.uniform ? 1 : good;
     }
+    /* Whether it is one is Python's to say, which gets what stands behind it too. */
+    bool may_greet = connection->fresh && good == 0 && batch.refusal == FRAME_CHECKSUM;
     size_t rest = batch.refusal == FRAME_GOOD ? bytes % FRAME_BYTES : 0;
     connection->held_bytes = (uint8_t)rest;
     memcpy(connection->held, engine->in + whole * FRAME_BYTES, rest);
     if (rest > 0 && (good > 0 || !had_begun)) tell(engine, fd, TURN_BEGUN, NULL, 0);
-    if (rest == 0 && had_begun) tell(engine, fd, TURN_COMPLETED, NULL, 0);
-    if (batch.refusal != FRAME_GOOD) {
-        uint8_t *refused = engine->refused + engine->refusals++ * FRAME_BYTES;
-        memcpy(refused, engine->in + good * FRAME_BYTES, FRAME_BYTES);
-        enum turn_kind kind = batch.refusal == FRAME_LIMIT ? TURN_LIMIT : TURN_CHECKSUM;
-        tell(engine, fd, kind, refused, FRAME_BYTES);
-    }
+    if (rest == 0 && had_begun && !may_greet) tell(engine, fd, TURN_COMPLETED, NULL, 0);
+    if (may_greet)
+        refuse(engine, fd, TURN_HELLO, 0, bytes < TURN_HELLO_BYTES ? bytes : TURN_HELLO_BYTES);
+    else if (batch.refusal == FRAME_CHECKSUM)
+        refuse(engine, fd, TURN_CHECKSUM, good, FRAME_BYTES);
+    else if (batch.refusal == FRAME_LIMIT)
+        refuse(engine, fd, TURN_LIMIT, good, FRAME_BYTES);
+    connection->fresh = connection->fresh && whole == 0;
 }
 
 static void read_connection(struct turn_engine *engine, int fd) {
@@ -211,7 +230,7 @@ static int receive(struct turn_engine *engine) {
 
 static void begin(struct turn_engine *engine) {
     struct turn_state *state = engine->state;
-    state->events = state->parts = 0;
+    state->events = state->parts = state->tagged = 0;
     state->frames = state->sum = state->amounts = 0;
     state->now_ns = now_ns();
     engine->unsent_bytes = engine->refusals = 0;
@@ -271,6 +290,20 @@ static void send_replies(struct turn_engine *engine, int fd, size_t size) {
     tell(engine, fd, TURN_UNSENT, unsent, rest);
 }
 
+int turn_shares(const struct turn_engine *engine, const struct turn_part *parts, int count,
+                struct turn_share *shares) {
+    int found = 0;
+    uint64_t offset = 0;
+    if (parts == NULL) parts = engine->parts;
+    for (int i = 0; i < count; i++) {
+        const struct turn_part *part = &parts[i];
+        offset += part->batch.sum;
+        if (part->tag == 0 || part->batch.count == 0) continue;
+        shares[found++] = (struct turn_share){part->tag, part->batch.count, offset};
+    }
+    return found;
+}
+
 static bool is_live(const struct turn_engine *engine, const struct turn_part *part) {
     return part->batch.count > 0 && engine->connections[part->fd].serial == part->serial;
 }
@@ -321,6 +354,7 @@ int turn_serve(struct turn_engine *engine, uint64_t *total, uint64_t *requests, 
         begin(engine);
         if (round == 0) until_ns = state->now_ns + longest_ns;
         int ready = receive(engine);
+        if (state->tagged > 0) return 1;
         if (state->parts > 0) {
             uint64_t before = __atomic_fetch_add(total, state->sum, __ATOMIC_SEQ_CST);
             *requests += state->frames;
@@ -329,5 +363,5 @@ int turn_serve(struct turn_engine *engine, uint64_t *total, uint64_t *requests, 
         }
         if (ready <= 0 || state->events > 0 || state->now_ns >= until_ns) break;
     }
-    return state->events;
+    return state->events > 0;
 }

@@ -19,6 +19,7 @@ from counter.serving.additions import Additions, InMemory
 from counter.serving.connection import Connection, State
 from counter.serving.deadlines import Deadlines
 from counter.serving.ending import Ending
+from counter.serving.sessions import Sessions
 from counter.serving.tls_connection import TlsConnection
 from counter.serving.workers import Workers
 from counter.system.sockets import unread_bytes
@@ -86,6 +87,7 @@ class FakeHost:
         self.frame_deadlines: Deadlines[Connection] = Deadlines(5.0)
         self.write_deadlines: Deadlines[Connection] = Deadlines(5.0)
         self.is_draining = False
+        self.sessions: Sessions | None = None
         self.connections: dict[int, Connection] = {}
         self.refusals: list[Ending] = []
         self.lingering: list[_socket.socket] = []

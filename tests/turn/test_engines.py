@@ -8,6 +8,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from counter.processes.slots import READS, REQUESTS, Slots
 from counter.totals.memory import make_shared_counter
 from counter.turn.compiled import CompiledEngine
-from counter.turn.engine import TURN_PARTS, Engine, Interest, KeptTurn, Kind, Turn
+from counter.turn.engine import HELLO_ROOM, TURN_PARTS, Engine, Interest, KeptTurn, Kind, Turn
 from counter.turn.plain import PlainEngine
 from kit.engine import ENGINES, make_engine
 from kit.harness import wait_until
@@ -203,7 +204,91 @@ def test_what_came_before_a_bad_frame_is_asked_for(table: Table, before: int) ->
     else:
         table.wait()
         assert table.engine.receive() is None
-    assert table.events() == [(Kind.CHECKSUM, fd, BAD)]
+    first = (Kind.HELLO, fd, BAD + ONE)  # which may be one, as nobody says here
+    assert table.events() == [(Kind.CHECKSUM, fd, BAD) if before else first]
+
+
+@pytest.mark.parametrize("size", [16, 17, 48, 49, 63, 64, 65, 200])
+def test_what_a_connection_begins_with_and_is_no_frame_is_told_whole(
+    table: Table, size: int
+) -> None:
+    peer, fd = table.connect()
+    peer.sendall(bytes(range(size)))
+    table.wait()
+    wait_for_bytes(table, size)
+    assert table.engine.receive() is None
+    assert table.events() == [(Kind.HELLO, fd, bytes(range(min(size, HELLO_ROOM))))]
+    assert table.engine.held(fd) == 0
+
+
+def test_a_hello_that_comes_in_parts_has_begun_and_is_not_complete(table: Table) -> None:
+    peer, fd = table.connect()
+    peer.sendall(BAD[:9])
+    assert table.event() == (Kind.BEGUN, fd, b"")
+    peer.sendall(BAD[9:] + b"more")
+    assert table.event() == (Kind.HELLO, fd, BAD + b"more")
+
+
+def test_no_hello_comes_behind_a_frame_or_another_hello(table: Table) -> None:
+    peer, fd = table.connect()
+    peer.sendall(ONE)
+    table.receive().answer(0)
+    peer.sendall(BAD)
+    assert table.event() == (Kind.CHECKSUM, fd, BAD)
+    peer, fd = table.connect()
+    peer.sendall(BAD)
+    assert table.event() == (Kind.HELLO, fd, BAD)
+    peer.sendall(BAD)
+    assert table.event() == (Kind.CHECKSUM, fd, BAD)
+
+
+def test_what_bears_a_tag_is_told_apart_in_the_order_of_the_addition(table: Table) -> None:
+    (plain, _), (first, one), (second, two) = (table.connect() for _ in range(3))
+    table.engine.join(one, 7)
+    table.engine.join(two, 2**32 - 1)
+    for peer, frames in ((plain, ONE), (first, ONE * 2), (second, encode_frame(MAX_AMOUNT))):
+        peer.sendall(frames)
+    for sock, size in zip(table.socks, (16, 32, 16), strict=True):
+        wait_until(partial(has_unread, sock, size), "it came")
+    turn = table.receive()
+    assert (turn.frames, turn.tagged) == (4, 2)
+    turn.answer(100)
+    by_tag = {tag: (frames, (100 + offset) & TOTAL_MASK) for tag, frames, offset in turn.shares()}
+    assert by_tag == {7: (2, replies(first, 2)[-1]), 2**32 - 1: (1, replies(second, 1)[0])}
+    assert len(replies(plain, 1)) == 1
+
+
+def has_unread(sock: _socket.socket, size: int) -> bool:
+    return len(sock.recv(1 << 20, socket.MSG_PEEK)) == size
+
+
+def test_without_a_tag_there_is_no_share(table: Table) -> None:
+    peer, _ = table.connect()
+    peer.sendall(ONE)
+    turn = table.receive()
+    assert (turn.tagged, turn.shares()) == (0, [])
+    turn.answer(0)
+
+
+def test_a_kept_turn_has_its_shares_until_they_are_purged(table: Table) -> None:
+    (first, one), (second, two), (third, three) = (table.connect() for _ in range(3))
+    for tag, fd in enumerate((one, two, three), 1):
+        table.engine.join(fd, tag)
+    for peer, sock in zip((first, second, third), table.socks, strict=True):
+        peer.sendall(ONE)
+        wait_until(partial(has_unread, sock, 16), "it came")
+    turn = table.receive().keep()
+    table.engine.void(two)
+    table.engine.forget(three)
+    assert sorted(tag for tag, _, _ in turn.shares()) == [1, 2, 3]  # as it may be under way
+    turn.purge()
+    assert turn.shares() == [(1, 1, 1)]
+    assert turn.tagged == 1
+    turn.answer(0)
+    second.sendall(ONE)
+    kept = table.receive().keep()
+    assert kept.shares() == [(2, 1, 1)]  # what is void takes no tag away
+    kept.answer(1)
 
 
 def test_an_amount_above_the_limit_is_refused_after_its_checksum() -> None:
@@ -215,7 +300,8 @@ def test_an_amount_above_the_limit_is_refused_after_its_checksum() -> None:
             table.receive().answer(0)
             assert table.event() == (Kind.LIMIT, fd, encode_frame(10))
             other, fd = table.connect()
-            other.sendall(encode_frame(10)[:15] + b"!")
+            other.sendall(ONE + encode_frame(10)[:15] + b"!")
+            table.receive().answer(9)
             assert table.event()[0] == Kind.CHECKSUM
         finally:
             table.close()
@@ -438,7 +524,6 @@ def test_the_moment_of_the_last_read_is_known(table: Table) -> None:
 
 def test_a_total_in_memory_is_added_to_until_nothing_is_ready(table: Table) -> None:
     counter, slot = make_shared_counter(40), Slots(1)[0]
-    exchange = table.engine.in_one_call(counter, slot)
 
     def ask(turn: Turn) -> None:
         before = counter.add(turn.amount)
@@ -446,6 +531,7 @@ def test_a_total_in_memory_is_added_to_until_nothing_is_ready(table: Table) -> N
         slot[READS] += turn.reads
         turn.answer(before)
 
+    exchange = table.engine.in_one_call(counter, slot, ask)
     (first, _), (second, fd) = table.connect(), table.connect()
     first.sendall(ONE)
     second.sendall(encode_frame(2) + BAD)
@@ -460,8 +546,35 @@ def test_a_total_in_memory_is_added_to_until_nothing_is_ready(table: Table) -> N
 
 def test_the_compiled_one_serves_a_total_in_memory_in_one_call() -> None:
     engine = make_engine("compiled")
-    assert engine.in_one_call(make_shared_counter(), Slots(1)[0]) is not None
+    assert engine.in_one_call(make_shared_counter(), Slots(1)[0], lambda _: None) is not None
     engine.close()
+
+
+def test_a_turn_in_which_anything_bears_a_tag_is_not_added_in_one_call(table: Table) -> None:
+    counter, slot = make_shared_counter(40), Slots(1)[0]
+    taken: list[tuple[int, int, int]] = []
+
+    def take(turn: Turn) -> None:
+        taken.extend(turn.shares())
+        turn.answer(counter.add(turn.amount))
+
+    exchange = table.engine.in_one_call(counter, slot, take)
+    (plain, _), (member, fd) = table.connect(), table.connect()
+    table.engine.join(fd, 3)
+    for number in (1, 2):
+        plain.sendall(ONE)
+        member.sendall(encode_frame(2))
+        for sock in table.socks:
+            wait_until(partial(has_unread, sock, 16), "it came")
+        exchange() if exchange else table.engine.each_turn(take)
+        assert counter.total() == 40 + 3 * number
+    assert [(tag, frames) for tag, frames, _ in taken] == [(3, 1)] * 2
+    assert slot[REQUESTS] == 0  # what is added elsewhere is counted there
+    plain.sendall(ONE)
+    table.wait()
+    exchange() if exchange else table.engine.each_turn(take)
+    assert slot[REQUESTS] == (1 if exchange else 0)
+    assert counter.total() == 47
 
 
 Chunks = st.lists(
@@ -524,15 +637,16 @@ def told_by(engine: Engine, parts: list[bytes]) -> tuple[list[int], list[tuple[i
         # Reads may be of any length, so that a frame may begin and be completed within one part.
         steps = [kind for kind, _ in events if kind in (Kind.BEGUN, Kind.COMPLETED)]
         held = engine.held(fd)
-        assert bool(held) == (steps[-1:] == [Kind.BEGUN])
         refused = [event for event in events if is_refused([event])]
+        begun = steps[-1:] == [Kind.BEGUN] and not (refused and refused[0][0] == Kind.HELLO)
+        assert bool(held) == begun
         return (replies(peer, frames) if frames else []), refused, held
     finally:
         table.close()
 
 
 def is_refused(events: list[tuple[int, bytes]]) -> bool:
-    return any(kind in (Kind.CHECKSUM, Kind.LIMIT) for kind, _ in events)
+    return any(kind in (Kind.CHECKSUM, Kind.LIMIT, Kind.HELLO) for kind, _ in events)
 
 
 def wait_for_bytes(table: Table, count: int) -> None:
