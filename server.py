@@ -111,7 +111,16 @@ class Shared:
         in_memory = self.settings.store.kind == "memory"
         read_total = self.keeper.open().total if in_memory else None
         found, store = self.keeper.found, str(self.settings.store)
-        return Status(self.slots, store, read_total, found.total, self.address, found.survives)
+        ledger = self.keeper.ledger
+        return Status(
+            self.slots,
+            store,
+            read_total,
+            found.total,
+            self.address,
+            found.survives,
+            ledger.table.count if ledger else None,
+        )
 
     def announce(self) -> None:
         """Says where the server listens, with how many workers, on what total."""

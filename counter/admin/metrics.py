@@ -71,6 +71,14 @@ class ServerCollector(Collector):
         yield CounterMetricFamily(
             "counter_connections", "Connections that were accepted.", slots.sum(CONNECTIONS_TOTAL)
         )
+        sessions = self._status.sessions()
+        for name, text in (
+            ("opened", "Sessions that were opened."),
+            ("resumed", "Connections that went on with a session."),
+            ("refused", "Hellos that no session followed: unknown, no room, or held elsewhere."),
+            ("evicted", "Sessions without a connection that gave way to others."),
+        ):
+            yield CounterMetricFamily(f"counter_sessions_{name}", text, sessions[name])
         yield CounterMetricFamily(
             "counter_process_restarts",
             "Serving processes that died and were replaced.",
@@ -84,7 +92,13 @@ class ServerCollector(Collector):
 
     def _gauges(self) -> Iterable[Metric]:
         status, slots = self._status, self._status.slots
+        sessions = status.sessions()
         gauges = {
+            "counter_sessions": ("Sessions that are kept.", sessions["kept"]),
+            "counter_sessions_connected": (
+                "Sessions that have a connection.",
+                sessions["connected"],
+            ),
             "counter_connections": (
                 "Open connections, those without a worker included.",
                 slots.sum(CONNECTIONS),

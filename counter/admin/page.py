@@ -59,6 +59,10 @@ def rows(state: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Waiting for a worker", f"{state['waiting']:,}, {longest}"
     if state["backlog"]:
         yield "In the backlog", f"{state['backlog']:,}, not accepted yet"
+    sessions = state["sessions"]
+    if sessions["opened"] or sessions["refused"]:
+        counts = [f"{sessions[name]:,} {name}" for name in ("connected", "resumed", "refused")]
+        yield "Sessions", ", ".join([f"{sessions['kept']:,} kept", *counts])
     if commits:
         yield "Commit to the store", f"{commits['mean_s'] * 1000:.3g} ms, the mean of the last 10 s"
     for reason, count in state["refused"].items():

@@ -25,6 +25,10 @@ from counter.processes.slots import (
     REASONS,
     REFUSED,
     REQUESTS,
+    SESSIONS_EVICTED,
+    SESSIONS_OPENED,
+    SESSIONS_REFUSED,
+    SESSIONS_RESUMED,
     STARTS,
     TOTAL_AT_MS,
     WAITING,
@@ -47,7 +51,8 @@ class Readiness:
 
 class Status:
     """The state of one server. `read_total` gives the total of a server without a store, `address`
-    is where it serves, `survives` what an answered addition survives."""
+    is where it serves, `survives` what an answered addition survives, and `read_sessions` gives how
+    many sessions are kept, and how many of those have a connection, where there may be any."""
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class Status:
         total_at_start: int,
         address: str = "",
         survives: str = "",
+        read_sessions: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         self.slots = slots
         self.store = store
@@ -65,6 +71,7 @@ class Status:
         self.draining = False
         self.history = History(slots)
         self._read_total = read_total
+        self._read_sessions = read_sessions
         self._total_at_start = total_at_start
         self._started_ms = now_ms()
 
@@ -126,6 +133,18 @@ class Status:
             return f"full: {outside:,} wait in the backlog"
         return f"full: {waiting:,} wait" if waiting else ""
 
+    def sessions(self) -> dict[str, int]:
+        """How many sessions are kept and have a connection, and what became of hellos so far."""
+        kept, connected = (0, 0) if self._read_sessions is None else self._read_sessions()
+        return {
+            "kept": kept,
+            "connected": connected,
+            "opened": self.slots.sum(SESSIONS_OPENED),
+            "resumed": self.slots.sum(SESSIONS_RESUMED),
+            "refused": self.slots.sum(SESSIONS_REFUSED),
+            "evicted": self.slots.sum(SESSIONS_EVICTED),
+        }
+
     def uptime_s(self) -> float:
         """Seconds since the server began."""
         return max(0.0, time.time() - self.slots.began_at_s)
@@ -178,6 +197,7 @@ class Status:
             "longest_wait_s": self.longest_wait_s(),
             "backlog": self.backlog(),
             "refused": {reason: slots.sum(REFUSED + place) for place, reason in enumerate(REASONS)},
+            "sessions": self.sessions(),
             "processes": [self._process(index) for index in range(len(slots))],
         }
 

@@ -82,13 +82,9 @@ class SessionTable:
         self._ring_bytes = 0  # of the sessions in this process's slots, or more
         self.evicted = 0  # by this process
 
-    def kept(self) -> int:
-        """How many sessions there are."""
-        return sum(map(bool, self._window))
-
-    def held(self) -> int:
-        """How many of them have a connection."""
-        return sum(map(bool, self._owner))
+    def count(self) -> tuple[int, int]:
+        """How many sessions are kept, and how many of them have a connection."""
+        return sum(map(bool, self._window)), sum(map(bool, self._owner))
 
     def claim(self, place: int, hello: Hello, limit: int) -> Claimed | Held | Refused:
         """Has the process at `place` hold the session that a hello names, if nobody else does;

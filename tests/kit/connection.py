@@ -97,6 +97,8 @@ class FakeHost:
         del self.connections[connection.fd]
 
     def linger(self, sock: _socket.socket) -> None:
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
         self.lingering.append(sock)
 
     def refused(self, why: Ending, detail: str) -> None:

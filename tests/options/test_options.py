@@ -52,6 +52,7 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "set_total": ("1,000", 1000, "2"),
     "force": ("true", True, "false"),
     "max_increment": ("1_000", 1000, "2"),
+    "sessions": ("100", 100, "200"),
     "frame_timeout_s": ("2m", 120.0, "3m"),
     "store_timeout_s": ("10s", 10.0, "3m"),
     "write_timeout_s": ("500ms", 0.5, "3m"),
