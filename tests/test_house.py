@@ -17,7 +17,7 @@ from kit.certificates import TlsPeer, kit
 from kit.harness import ROOT, Command
 from kit.redis_server import RedisServer
 
-OURS = {"client", "counter", "protocol", "server"}
+OURS = {"client", "counter", "protocol", "server", "session"}
 
 SERVER = {"protocol"} | {
     f"counter.{room}"
@@ -59,7 +59,7 @@ def rooms(statements: Iterable[ast.stmt]) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, "the three modules are in no package"
+            assert not node.level, "the modules beside it are in no package"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     parts = [name.split(".") for name in names]
     return {
@@ -75,11 +75,15 @@ def test_the_server_imports_what_it_puts_together() -> None:
     assert rooms(body("server.py")) <= SERVER
 
 
-def test_the_library_imports_the_wire_alone_and_the_command_what_it_runs() -> None:
+def test_sessions_import_the_wire_alone() -> None:
+    assert rooms(body("session.py")) == {"protocol"}
+
+
+def test_the_library_imports_the_wire_its_sessions_and_the_command_what_it_runs() -> None:
     statements = body("client.py")
     names = [getattr(statement, "name", "") for statement in statements]
     command = names.index("main")
-    assert rooms(statements[:command]) == {"protocol"}
+    assert rooms(statements[:command]) == {"protocol", "session"}
     assert rooms(statements[command:]) <= COMMAND
 
 

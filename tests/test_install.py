@@ -25,7 +25,7 @@ PIP = (sys.executable, "-m", "pip", "--isolated", "--disable-pip-version-check")
 WHEEL = ("wheel", "--no-index", "--no-deps", "--no-build-isolation")
 
 # Names that the source of the library has too, each of them the application's own here.
-MODULES = ("client.py", "protocol.py", "log.py", "settings.py", "counter/__init__.py")
+MODULES = ("client.py", "protocol.py", "session.py", "log.py", "settings.py", "counter/__init__.py")
 
 APPLICATION = """
 import sys
@@ -35,11 +35,12 @@ import client
 import counter
 import log
 import protocol
+import session
 import settings
 from counter_client import AmountError, ConnectError, CounterClient, CounterError, OutcomeUnknown
 
 address, silent = sys.argv[1:]
-assert {client.MINE, counter.MINE, log.MINE, protocol.MINE, settings.MINE} == {True}
+assert {client.MINE, counter.MINE, log.MINE, protocol.MINE, session.MINE, settings.MINE} == {True}
 
 with CounterClient(address, timeout=10) as shared:
     assert assert_type(shared.add(5), int) == 5
@@ -122,13 +123,14 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
             "counter_client/__init__.py",
             "counter_client/protocol.py",
             "counter_client/py.typed",
+            "counter_client/session.py",
         }
         assert files.read("counter_client/protocol.py") == (ROOT / "protocol.py").read_bytes()
         assert files.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         assert files.read(f"{about}/top_level.txt") == b"counter_client\n"
 
 
-def test_the_library_has_no_command_and_imports_the_wire_beside_it(wheel: Path) -> None:
+def test_the_library_has_no_command_and_imports_what_is_beside_it(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as files:
         tree = ast.parse(files.read("counter_client/__init__.py"))
     imported = set()
@@ -138,7 +140,8 @@ def test_the_library_has_no_command_and_imports_the_wire_beside_it(wheel: Path) 
         elif isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
     assert {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names} == {
-        ".protocol"
+        ".protocol",
+        ".session",
     }
     assert not [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
 
