@@ -59,7 +59,7 @@ class Kept:
 class SessionServer:
     """Serves in threads until it is closed; `address` is where."""
 
-    def __init__(self, fault: str = "", limit: int = MAX_AMOUNT) -> None:
+    def __init__(self, fault: str = "", limit: int = MAX_AMOUNT, port: int = 0) -> None:
         assert fault in FAULTS, f"the faults are {', '.join(FAULTS[1:])}"
         self.fault = fault
         self.limit = limit
@@ -69,13 +69,15 @@ class SessionServer:
         self._decoder = Decoder(limit)
         self._lock = threading.Lock()
         self._peers: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
         self.port = self._listener.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """Ends everything."""
+        """Ends everything; nobody is answered at its port any more."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.disconnect()
 
