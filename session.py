@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import Enum
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, Final, NamedTuple
 
 from protocol import (
@@ -159,7 +159,8 @@ class Session:
         self.phase = Phase.RESUMING if state else Phase.NEW
         self.answered = state.answered if state else 0
         self.limit = MAX_AMOUNT  # the server's, as it last said
-        self._pending = deque(state.pending if state else ())
+        # Plain pairs: three times as fast to make as named ones, and there is one for each frame.
+        self._pending: deque[tuple[str, int]] = deque(state.pending if state else ())
         self._settled: list[Settled] | None = None
         self._data = b""  # of an answer or a reply that is not whole
         self._applied: int | None = None  # that the answer being read tells
@@ -192,14 +193,15 @@ class Session:
     @property
     def state(self) -> SessionState:
         """What another process would need to go on from here."""
+        pending = tuple(Pending(*each) for each in self._pending)
         settled = tuple(self._settled or ())
-        return SessionState(self.id, self.window, self.answered, tuple(self._pending), settled)
+        return SessionState(self.id, self.window, self.answered, pending, settled)
 
     def number(self, name: str, amounts: Sequence[int]) -> None:
         """Gives the next numbers to amounts, of which there is room for."""
         assert self.phase is Phase.OPEN
         assert len(amounts) <= self.room
-        self._pending += [Pending(name, amount) for amount in amounts]
+        self._pending += zip(repeat(name), amounts)
 
     def take_back(self, count: int) -> None:
         """Takes the last numbers away again, of frames that were handed to no connection."""
@@ -275,7 +277,8 @@ class Session:
             raise AnswersLost(self.answered - applied)
         most = self.answered + len(self._pending)
         if applied > most:
-            raise BadFrame("answer", f"{applied} frames are said to be applied, {most} were sent")
+            said = f"{applied} frames are said to be applied, {most} were sent"
+            raise BadFrame("answer", f"{said}, as far as this state of the session tells")
         self._applied, self.limit = applied, limit
         return data[_RUN.size :]
 
@@ -297,7 +300,7 @@ class Session:
     def _follow(self, run: Run) -> list[int]:
         """The totals up to the end of a run: nobody else's addition stands inside it."""
         last, after = run
-        amounts = [pending.amount for pending in islice(self._pending, last - self.answered)]
+        amounts = [amount for _, amount in islice(self._pending, last - self.answered)]
         totals = []
         for amount in reversed(amounts):
             totals.append(after)
