@@ -823,8 +823,11 @@ class _SessionCall(_Call):
         return self.amounts[self.sent :]
 
     def cut(self) -> None:
-        """Leaves nothing of it but what has a number."""
-        del self.frames[self.sent :], self.amounts[self.sent :]
+        """Leaves nothing of it but what is pending: of the rest its caller has learned."""
+        self.amounts, answered = self.pending, len(self.totals)
+        self.frames = self.frames[answered : self.sent]
+        self.sent -= answered
+        self.totals = []
 
 
 class _Torn(Exception):

@@ -42,7 +42,7 @@ from client import (
 from kit.cutting_proxy import Cut, CuttingProxy
 from kit.harness import ScriptedServer, receive_exactly, wait_until
 from kit.session_server import Kept, SessionServer, session_server
-from protocol import HELLO_SIZE, REQUEST_SIZE, Answer, Control
+from protocol import HELLO_SIZE, REQUEST_SIZE, Answer, Control, decode_hello
 from session import Pending
 from test_library_sharing import Caller, run_greenlets
 
@@ -334,6 +334,27 @@ def test_a_long_call_that_is_given_up_says_what_is_pending_and_what_is_not() -> 
         assert counter.total() == 1 + sum(error.amounts)
 
 
+def test_what_was_answered_before_a_call_was_given_up_is_not_settled_again() -> None:
+    def script(sock: socket.socket) -> None:
+        hello = decode_hello(receive_exactly(sock, HELLO_SIZE))
+        assert hello is not None
+        if hello.kind is Control.RESUME:
+            assert hello.value == 1
+            sock.sendall(Answer(2, 100, ((2, 9),)).encode())
+            return
+        sock.sendall(Answer(0, 100).encode())
+        receive_exactly(sock, 2 * REQUEST_SIZE)
+        sock.sendall((5).to_bytes(8) + b"\0")
+        sock.recv(1)
+
+    with ScriptedServer(script) as server:
+        with CounterClient(server.address, timeout=0.2, session=True) as counter:
+            with pytest.raises(StillPending) as caught:
+                counter.add_many([5, 4])
+            assert (caught.value.totals, caught.value.amounts) == ((5,), (4,))
+            assert counter.settle() == [Settled("", 4, 9)]
+
+
 def test_settling_has_a_timeout_of_its_own_and_loses_nothing_by_it() -> None:
     with session_server() as server, counting(server, timeout=0.2) as counter:
         assert counter.add(1) == 1
@@ -462,7 +483,7 @@ def test_closing_ends_a_session_with_nothing_pending() -> None:
     with session_server() as server:
         with counting(server) as counter:
             assert counter.add(1) == 1
-        assert server.sessions == {}
+        wait_until(lambda: not server.sessions, "the session is ended")
         with counter:
             assert counter.add(1) == 2
             assert len(server.sessions) == 1
