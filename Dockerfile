@@ -16,7 +16,7 @@ COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
 WORKDIR /app
-COPY server.py client.py session.py protocol.py ./
+COPY server.py client*.py protocol.py ./
 COPY counter ./counter
 RUN python -m compileall -q .
 # An image without the compiled engine is none that anybody asked for.

@@ -17,7 +17,8 @@ from kit.certificates import TlsPeer, kit
 from kit.harness import ROOT, Command
 from kit.redis_server import RedisServer
 
-OURS = {"client", "counter", "protocol", "server", "session"}
+LIBRARY = {"client_line", "client_session", "client_session_line"}
+OURS = {"client", "counter", "protocol", "server"} | LIBRARY
 
 SERVER = {"protocol"} | {
     f"counter.{room}"
@@ -75,15 +76,17 @@ def test_the_server_imports_what_it_puts_together() -> None:
     assert rooms(body("server.py")) <= SERVER
 
 
-def test_sessions_import_the_wire_alone() -> None:
-    assert rooms(body("session.py")) == {"protocol"}
+def test_what_is_beside_the_library_imports_the_wire_and_downwards() -> None:
+    assert rooms(body("client_line.py")) == {"protocol"}
+    assert rooms(body("client_session.py")) == {"protocol"}
+    assert rooms(body("client_session_line.py")) == {"protocol", "client_line", "client_session"}
 
 
-def test_the_library_imports_the_wire_its_sessions_and_the_command_what_it_runs() -> None:
+def test_the_library_imports_what_is_beside_it_and_the_command_what_it_runs() -> None:
     statements = body("client.py")
     names = [getattr(statement, "name", "") for statement in statements]
     command = names.index("main")
-    assert rooms(statements[:command]) == {"protocol", "session"}
+    assert rooms(statements[:command]) == {"protocol"} | LIBRARY
     assert rooms(statements[command:]) <= COMMAND
 
 

@@ -25,22 +25,30 @@ PIP = (sys.executable, "-m", "pip", "--isolated", "--disable-pip-version-check")
 WHEEL = ("wheel", "--no-index", "--no-deps", "--no-build-isolation")
 
 # Names that the source of the library has too, each of them the application's own here.
-MODULES = ("client.py", "protocol.py", "session.py", "log.py", "settings.py", "counter/__init__.py")
+MODULES = (
+    "client.py",
+    "client_line.py",
+    "protocol.py",
+    "log.py",
+    "settings.py",
+    "counter/__init__.py",
+)
 
 APPLICATION = """
 import sys
 from typing import assert_type
 
 import client
+import client_line
 import counter
 import log
 import protocol
-import session
 import settings
 from counter_client import AmountError, ConnectError, CounterClient, CounterError, OutcomeUnknown
 
 address, silent = sys.argv[1:]
-assert {client.MINE, counter.MINE, log.MINE, protocol.MINE, session.MINE, settings.MINE} == {True}
+own = (client, client_line, counter, log, protocol, settings)
+assert all(module.MINE for module in own)
 
 with CounterClient(address, timeout=10) as shared:
     assert assert_type(shared.add(5), int) == 5
@@ -123,7 +131,9 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
             "counter_client/__init__.py",
             "counter_client/protocol.py",
             "counter_client/py.typed",
-            "counter_client/session.py",
+            "counter_client/client_line.py",
+            "counter_client/client_session.py",
+            "counter_client/client_session_line.py",
         }
         assert files.read("counter_client/protocol.py") == (ROOT / "protocol.py").read_bytes()
         assert files.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
@@ -140,8 +150,10 @@ def test_the_library_has_no_command_and_imports_what_is_beside_it(wheel: Path) -
         elif isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
     assert {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names} == {
+        ".client_line",
+        ".client_session",
+        ".client_session_line",
         ".protocol",
-        ".session",
     }
     assert not [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
 

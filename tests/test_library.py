@@ -28,8 +28,8 @@ from client import (
     NumbersEnded,
     OutcomeUnknown,
     WrongType,
-    explain,
 )
+from client_line import explain
 from kit.harness import ScriptedServer, ServerCommand, receive_exactly
 from protocol import encode_frame, encode_total, parse_address
 

@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 
-import client
+import client_session_line
 from client import (
-    SESSION_WINDOW_FRAMES,
     AcknowledgedLost,
     AmountError,
     ArgumentError,
@@ -39,11 +38,12 @@ from client import (
     StillPending,
     WrongType,
 )
+from client_session import Pending
+from client_session_line import SESSION_WINDOW_FRAMES, UNANSWERED_OPENS, SessionLine
 from kit.cutting_proxy import Cut, CuttingProxy
 from kit.harness import ScriptedServer, receive_exactly, wait_until
 from kit.session_server import Kept, SessionServer, session_server
 from protocol import HELLO_SIZE, REQUEST_SIZE, Answer, Control, decode_hello
-from session import Pending
 from test_library_sharing import Caller, run_greenlets
 
 
@@ -227,7 +227,7 @@ def test_a_server_that_is_away_for_a_while_is_waited_for() -> None:
         server.close()
         caller = Caller(lambda: counter.add_many([1, 1]))
         line = counter._line
-        assert isinstance(line, client._SessionLine)
+        assert isinstance(line, SessionLine)
         wait_until(lambda: isinstance(line._trouble, ConnectionRefusedError), "nobody listens")
         again = SessionServer(port=server.port)
         again.total, again.sessions = server.total, server.sessions
@@ -263,7 +263,7 @@ def test_a_server_that_drains_is_no_server_without_sessions() -> None:
 
     def script(sock: socket.socket) -> None:
         seen.append(receive_exactly(sock, HELLO_SIZE))
-        if len(seen) <= client.UNANSWERED_OPENS - 1:
+        if len(seen) <= UNANSWERED_OPENS - 1:
             return
         sock.sendall(Answer(0, 100).encode())
         receive_exactly(sock, REQUEST_SIZE)
@@ -502,7 +502,7 @@ def test_closing_keeps_a_session_with_something_pending() -> None:
 def test_closing_does_not_wait_for_a_server_that_says_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client, "END_PATIENCE_S", 0.1)
+    monkeypatch.setattr(client_session_line, "END_PATIENCE_S", 0.1)
     with session_server() as server, counting(server) as counter:
         assert counter.add(1) == 1
         started = time.monotonic()
@@ -638,7 +638,7 @@ def test_an_interrupt_in_the_midst_of_the_numbers_leaves_no_total_to_the_wrong_c
     with session_server() as server, counting(server) as counter:
         assert counter.add(1) == 1
         line = counter._line
-        assert isinstance(line, client._SessionLine)
+        assert isinstance(line, SessionLine)
         receive = line._session.receive
 
         def interrupted(data: bytes) -> list[int]:
@@ -665,7 +665,7 @@ def test_other_threads_go_on_while_one_waits_to_connect_again() -> None:
         server.close()
         long = Caller(lambda: counter.add(2))
         line = counter._line
-        assert isinstance(line, client._SessionLine)
+        assert isinstance(line, SessionLine)
         wait_until(lambda: line._trouble is not None, "the first leads in vain")
         counter.timeout = 0.2
         short = Caller(lambda: counter.add(3))

@@ -13,7 +13,8 @@ from itertools import chain
 
 import pytest
 
-from client import WINDOW_FRAMES, ConnectError, CounterClient, OutcomeUnknown
+from client import ConnectError, CounterClient, OutcomeUnknown
+from client_line import WINDOW_FRAMES
 from kit.certificates import kit, trusting
 from kit.harness import ROOT, ScriptedServer, ServerCommand, receive_exactly, wait_until
 from protocol import REQUEST_SIZE, encode_frame, encode_total

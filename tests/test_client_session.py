@@ -13,6 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from client_session import (
+    AnswersLost,
+    HelloRefused,
+    Pending,
+    PendingAboveLimit,
+    Phase,
+    Session,
+    SessionFile,
+    SessionState,
+    Settled,
+    StateError,
+)
 from protocol import (
     HELLO_SIZE,
     MAX_AMOUNT,
@@ -29,18 +41,6 @@ from protocol import (
     encode_control,
     encode_frame,
     encode_total,
-)
-from session import (
-    AnswersLost,
-    HelloRefused,
-    Pending,
-    PendingAboveLimit,
-    Phase,
-    Session,
-    SessionFile,
-    SessionState,
-    Settled,
-    StateError,
 )
 
 PROPERTY = settings(deadline=None, derandomize=True)
