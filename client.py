@@ -126,10 +126,10 @@ class CounterClient:
     call goes on until `timeout`, and its outcome is known while the server knows the session. Where
     that takes longer, StillPending says what is counted without it. A SessionState as `session`
     goes on with the session of a process that is no more. `on_state` is called with the state
-    before frames are sent that it tells of, by one caller at a time; to survive its own crash an
-    application makes it last there, with what it tells of additions that were settled. A forked
-    child has no part in the session: it opens its own, or has StateNotSaved where there is an
-    `on_state`.
+    before frames are sent that it tells of, and when the session ends, by one caller at a time; to
+    survive its own crash an application makes it last there, with what it tells of additions that
+    were settled. A forked child has no part in the session: it opens its own, or has StateNotSaved
+    where there is an `on_state`.
     """
 
     def __init__(
@@ -197,7 +197,8 @@ class CounterClient:
         """So many numbers that nobody else has: one addition, and the numbers that it crossed.
 
         They are unique among all that take. Those of a take with OutcomeUnknown go to nobody.
-        Errors as with add(), and NumbersEnded at 2^64 - 1. Taking 0 asks nobody.
+        Errors as with add(), and NumbersEnded at 2^64 - 1. Taking 0 asks nobody. In a session those
+        of a take with StillPending end with the total that settle() tells.
         """
         frame = _frame(count)
         amount = amount_of(frame)

@@ -441,11 +441,11 @@ def is_refusal(error: OSError) -> bool:
     In TLS 1.3 the client learns it when its own handshake is over and its first frames are sent.
     The server is then still in its own and has read none of them.
     """
-    reason = _tls_reason(error)
+    reason = tls_reason(error)
     return "alert" in reason and ("certificate" in reason or reason.endswith("unknown ca"))
 
 
-def _tls_reason(error: OSError) -> str:
+def tls_reason(error: OSError) -> str:
     """What OpenSSL says, of an error of the ssl module or of one that has its words."""
     text = getattr(error, "reason", None) or str(error.strerror or error)
     return text.replace("_", " ").lower()
@@ -473,7 +473,7 @@ def explain(error: OSError | UnicodeError, host: str, port: int) -> str:
 
 
 def _explain_tls(error: OSError) -> str:
-    reason = _tls_reason(error)
+    reason = tls_reason(error)
     verify = getattr(error, "verify_message", "") or reason.partition("verify failed: ")[2]
     if verify:
         remedy = "--tlsCA names the authority to trust"

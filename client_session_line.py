@@ -29,6 +29,7 @@ from client_line import (
     is_refusal,
     reset,
     shown,
+    tls_reason,
 )
 from client_session import (
     AnswersLost,
@@ -101,6 +102,7 @@ class _Told(CounterError):
         self.unsent = tuple(unsent)
 
     def _fates(self, amounts: Sequence[int], unsent: Sequence[int]) -> Iterable[str]:
+        """What is said of those without a total, one after another."""
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -282,7 +284,7 @@ class SessionLine(Line):
     def _finish(self) -> None:
         """Closes the connection, and ends the session where nothing is pending; leads meanwhile."""
         try:
-            if self.sock is not None and not self._calls:
+            if self.sock is not None and not self._calls and not self._session.pending:
                 self._end(self.sock)
         except (OSError, StateNotSaved):
             pass  # it expires
@@ -396,7 +398,7 @@ class SessionLine(Line):
         """What became of a call whose session is over."""
         uncounted = call.pending + call.unsent
         if isinstance(error, AnswersLost):
-            why = f"the server lost {error.count} additions of this client that it had answered"
+            why = f"the server lost {error.count} of this client's additions that it had answered"
             lost = AcknowledgedLost(why, call.totals, (), uncounted)
             lost.lost = error.count
             return lost
@@ -404,9 +406,7 @@ class SessionLine(Line):
             above = f"amount {error.amount} is above the server's limit of {error.limit} now"
             return SessionEnded(f"{above} (--maxIncrement)", call.totals, (), uncounted)
         if isinstance(error, _Torn):
-            why = (
-                "a call was interrupted in the very moment when numbers were given or totals taken"
-            )
+            why = "a call was interrupted in the moment when numbers were given or totals taken"
             return OutcomeUnknown(why, call.totals, call.pending, call.unsent)
         why = "the server does not know the session any more"
         hint = "it expired, was evicted, or was in the memory of a server that is no more"
@@ -544,6 +544,7 @@ class SessionLine(Line):
             self._left.append(call)
             self._sent_calls = max(self._sent_calls, at + 1)
         else:
+            call.is_lost = call in self._left
             del self._calls[at]
             self._sent_calls -= at < self._sent_calls
 
@@ -597,8 +598,10 @@ class SessionLine(Line):
 
 
 def _together(failures: Sequence[CounterError | None]) -> CounterError:
-    """One error for the calls whose session is over."""
+    """One error for the calls that settle() finds lost."""
     told = [each for each in failures if isinstance(each, OutcomeUnknown | SessionEnded)]
+    if not told:
+        return next(each for each in failures if each is not None)
     first = told[0]
     totals, amounts, unsent = (
         [amount for each in told for amount in getattr(each, name)]
@@ -616,5 +619,7 @@ def _is_held(refusal: HelloRefused) -> bool:
 
 def _is_hopeless(error: OSError) -> bool:
     """Whether connecting again would end alike: a host without an address, TLS that is refused."""
+    if "eof" in tls_reason(error):  # a server that ends says so
+        return False
     is_tls = getattr(error, "library", None) == "SSL" or hasattr(error, "verify_message")
     return is_tls or is_refusal(error) or isinstance(error, socket.gaierror)

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -40,10 +41,11 @@ from client import (
 )
 from client_session import Pending
 from client_session_line import SESSION_WINDOW_FRAMES, UNANSWERED_OPENS, SessionLine
+from kit.certificates import kit, trusting
 from kit.cutting_proxy import Cut, CuttingProxy
 from kit.harness import ScriptedServer, receive_exactly, wait_until
 from kit.session_server import Kept, SessionServer, session_server
-from protocol import HELLO_SIZE, REQUEST_SIZE, Answer, Control, decode_hello
+from protocol import HELLO_SIZE, REQUEST_SIZE, Answer, Control, Hello, decode_hello
 from test_library_sharing import Caller, run_greenlets
 
 
@@ -275,6 +277,33 @@ def test_a_server_that_drains_is_no_server_without_sessions() -> None:
     assert len(set(seen)) == 1, "it is one session"
 
 
+def test_a_session_goes_on_over_tls() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(kit().server.cert, kit().server.key)
+    hellos: list[Hello | None] = []
+
+    def script(sock: socket.socket) -> None:
+        with context.wrap_socket(sock, server_side=True) as peer:
+            hellos.append(decode_hello(receive_exactly(peer, HELLO_SIZE)))
+            if len(hellos) == 1:  # and hangs up in the midst, without the farewell of TLS
+                peer.sendall(Answer(0, 100).encode()[:9])
+            elif len(hellos) == 2:
+                peer.sendall(Answer(0, 100).encode())
+                receive_exactly(peer, REQUEST_SIZE)
+            else:
+                peer.sendall(Answer(1, 100, ((1, 7),)).encode())
+                peer.recv(1)
+
+    with ScriptedServer(script) as server:
+        with CounterClient(server.address, tls=trusting(), session=True) as counter:
+            assert counter.add(7) == 7
+    assert [hello and hello.kind for hello in hellos] == [
+        Control.OPEN,
+        Control.OPEN,
+        Control.RESUME,
+    ]
+
+
 def test_a_server_without_room_says_so() -> None:
     with session_server("full") as server, counting(server) as counter:
         with pytest.raises(NoRoom, match="raise its --sessions"):
@@ -448,7 +477,7 @@ def test_a_server_that_lost_what_it_answered_is_found_out_and_told_to_all_that_w
         kept.applied, kept.runs, server.total = 1, [(1, 5)], 5
         server.disconnect()
         wait_until(lambda: kept.holder is None, "the server has let go")
-        with pytest.raises(AcknowledgedLost, match=r"lost 2 additions .* 9 will not be") as caught:
+        with pytest.raises(AcknowledgedLost, match=r"lost 2 of this .* 9 will not be") as caught:
             counter.add(9)
         assert (caught.value.lost, caught.value.unsent) == (2, (9,))
         assert counter.add(9) == 14
@@ -604,6 +633,7 @@ GREENLETS = """
 from gevent import monkey; monkey.patch_all()
 import gevent, random, sys
 from client import CounterClient, Settled, StillPending
+from kit.certificates import kit, trusting
 from kit.cutting_proxy import Cut, CuttingProxy
 from kit.harness import wait_until
 from kit.session_server import session_server
@@ -649,7 +679,7 @@ def test_an_interrupt_in_the_midst_of_the_numbers_leaves_no_total_to_the_wrong_c
         with pytest.raises(KeyboardInterrupt):
             counter.add(5)
         assert counter.add(7) == 13
-        with pytest.raises(OutcomeUnknown, match="interrupted in the very moment") as caught:
+        with pytest.raises(OutcomeUnknown, match="interrupted in the moment") as caught:
             counter.settle()
         assert caught.value.amounts == (5,)
 
