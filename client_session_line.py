@@ -64,6 +64,10 @@ SESSION_WINDOW_FRAMES: Final = 256
 FIRST_PAUSE_S: Final = 0.02
 LAST_PAUSE_S: Final = 1.0
 
+# A connection that is silent for so long is given up for another, as that of a machine that is no
+# more: a resume is always safe. Twice as long with each attempt in vain, for a server with a queue.
+SILENCE_S: Final = 5.0
+
 # So many opens in a row that end in good order and without an answer are no server that drains.
 UNANSWERED_OPENS: Final = 5
 
@@ -162,13 +166,21 @@ class SessionCall(Call):
     One that was given up is over, and stays until all that have a number have a total.
     """
 
-    __slots__ = ("amounts", "is_lost", "name")
+    __slots__ = ("amounts", "is_lost", "name", "patience_s")
 
     def __init__(self, frames: list[bytes], timeout: float | None, name: str = "") -> None:
         super().__init__(frames, timeout)
         self.name = name
         self.amounts = [amount for (amount,) in _AMOUNTS.iter_unpack(b"".join(frames))]
         self.is_lost = False  # with its session
+        self.patience_s: float | None = None  # of a leader with a connection, None of who waits
+
+    def time_left(self) -> float | None:
+        """Seconds for what is done next, None without end; TimeoutError when the call has none."""
+        left = super().time_left()
+        if left is None or self.patience_s is None:
+            return self.patience_s if left is None else left
+        return min(left, self.patience_s)
 
     @property
     def is_done(self) -> bool:
@@ -194,7 +206,7 @@ class SessionCall(Call):
 
 class _Torn(Exception):
     """Ctrl-C, which comes between any two instructions, left the numbers of a session and the calls
-    that they belong to apart: which total is whose is not known any more."""
+    that they belong to apart: which total is whose, or why it is lost, is not known any more."""
 
 
 # What ends a connection of a session, and not the session, or not before its calls learn it.
@@ -320,13 +332,15 @@ class SessionLine(Line):
 
     def _lead(self, call: Call) -> None:
         """Connects, sends and reads for all until a call is over."""
+        assert isinstance(call, SessionCall)
         pauses = unanswered_opens = 0
-        if self._is_torn:
+        if self._is_torn or self._session.phase is Phase.LOST:
             self._lose(_Torn())
         with self._mutex:
             self._complete()
         while not call.over:
             answered = self._session.answered
+            call.patience_s = SILENCE_S * 2 ** min(pauses, 20)
             try:
                 self._exchange(call)
             except _BREAKS as error:
@@ -335,6 +349,8 @@ class SessionLine(Line):
                 unanswered_opens += 1
                 if not (is_new and isinstance(error, EOFError)):
                     unanswered_opens = 0
+                if isinstance(error, OSError) and is_late(error):
+                    call.time_left()  # TimeoutError: it was the call's, and no sign of a break
                 self._judge(error, unanswered_opens)
                 pauses = 0 if self._session.answered != answered else pauses + 1
                 if not call.over:
@@ -357,8 +373,6 @@ class SessionLine(Line):
 
     def _judge(self, error: Exception, unanswered_opens: int) -> None:
         """What a break means: goes on if trying again may help, raises what it means otherwise."""
-        if isinstance(error, OSError) and is_late(error):
-            raise error
         self._trouble = error
         if self._session.phase is Phase.LOST:
             self._lose(error)

@@ -277,6 +277,27 @@ def test_a_server_that_drains_is_no_server_without_sessions() -> None:
     assert len(set(seen)) == 1, "it is one session"
 
 
+def test_a_connection_that_falls_silent_is_given_up_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_session_line, "SILENCE_S", 0.1)
+    hellos: list[Hello | None] = []
+
+    def script(sock: socket.socket) -> None:
+        hellos.append(decode_hello(receive_exactly(sock, HELLO_SIZE)))
+        if len(hellos) == 2:
+            sock.sendall(Answer(0, 100).encode())
+            receive_exactly(sock, REQUEST_SIZE)
+        elif len(hellos) == 3:
+            sock.sendall(Answer(1, 100, ((1, 7),)).encode())
+        sock.recv(1)
+
+    with ScriptedServer(script) as server:
+        with CounterClient(server.address, timeout=None, session=True) as counter:
+            assert counter.add(7) == 7
+    assert len(hellos) == 3
+
+
 def test_a_session_goes_on_over_tls() -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(kit().server.cert, kit().server.key)
