@@ -169,9 +169,9 @@ def first_given(server: SessionServer, amounts: list[int]) -> list[int]:
     return totals
 
 
-def ride_out(cuts: tuple[Cut, ...]) -> int:
+def ride_out(cuts: tuple[Cut, ...], fault: str = "") -> int:
     """Adds through cuts, others adding after each; gives back how many connections it took."""
-    with session_server() as server:
+    with session_server(fault) as server:
 
         def others_add() -> None:
             with server._lock:
@@ -179,11 +179,20 @@ def ride_out(cuts: tuple[Cut, ...]) -> int:
 
         with CuttingProxy(server.port, cuts, others_add) as proxy, counting(proxy) as counter:
             totals = [*counter.add_many([5, 1, 3]), counter.add(7)]
-            wait_until(lambda: server.total == 16 + 1000 * proxy.made, "the others have added")
             assert totals == first_given(server, [5, 1, 3, 7])
             assert [total % 1000 for total in totals] == [5, 6, 9, 16]
             assert only(server).applied == 4
+            wait_until(lambda: server.total == 16 + 1000 * proxy.made, "the others have added")
             return proxy.connections
+
+
+@pytest.mark.parametrize(
+    ("fault", "cut"), [("run", Cut(back=17)), ("applied", Cut(there=HELLO_SIZE + REQUEST_SIZE + 8))]
+)
+def test_a_server_that_tells_a_wrong_total_is_found_by_these_tests(fault: str, cut: Cut) -> None:
+    ride_out((cut,))
+    with pytest.raises(AssertionError):
+        ride_out((cut,), fault)
 
 
 @pytest.mark.parametrize("part", range(4))
