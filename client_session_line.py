@@ -296,7 +296,7 @@ class SessionLine(Line):
     def _finish(self) -> None:
         """Closes the connection, and ends the session where nothing is pending; leads meanwhile."""
         try:
-            if self.sock is not None and not self._calls and not self._session.pending:
+            if self.sock is not None and not self._session.pending:
                 self._end(self.sock)
         except (OSError, StateNotSaved):
             pass  # it expires
@@ -552,13 +552,12 @@ class SessionLine(Line):
         """Nobody waits for a call any more; what of it has a number stays."""
         assert isinstance(call, SessionCall)
         call.fail(self._failure(call, error, self._why(call, error)))
-        at = self._calls.index(call)
         if call.pending:
             call.cut()
             self._left.append(call)
-            self._sent_calls = max(self._sent_calls, at + 1)
         else:
             call.is_lost = call in self._left
+            at = self._calls.index(call)
             del self._calls[at]
             self._sent_calls -= at < self._sent_calls
 

@@ -246,7 +246,10 @@ def test_a_server_that_is_away_for_a_while_is_waited_for() -> None:
         again.close()
 
 
-def test_a_server_that_is_not_there_yet_is_waited_for_until_the_timeout() -> None:
+def test_a_server_that_is_not_there_yet_is_waited_for_until_the_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_session_line, "LAST_PAUSE_S", 0.01)  # for many attempts
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
     started = time.monotonic()
@@ -424,6 +427,30 @@ def test_settling_has_a_timeout_of_its_own_and_loses_nothing_by_it() -> None:
                 counter.settle(0.2)
             assert caught.value.amounts == (5,)
         assert counter.settle() == [Settled("", 5, 6)]
+
+
+def test_calls_go_on_after_settling_was_given_up() -> None:
+    hellos: list[Hello | None] = []
+
+    def script(sock: socket.socket) -> None:
+        hellos.append(decode_hello(receive_exactly(sock, HELLO_SIZE)))
+        if len(hellos) < 3:
+            sock.sendall(Answer(0, 100).encode())
+            receive_exactly(sock, REQUEST_SIZE)
+        else:
+            sock.sendall(Answer(1, 100, ((1, 5),)).encode())
+            receive_exactly(sock, REQUEST_SIZE)
+            sock.sendall((12).to_bytes(8))
+        sock.recv(1)
+
+    with ScriptedServer(script) as server:
+        with CounterClient(server.address, timeout=0.2, session=True) as counter:
+            with pytest.raises(StillPending):
+                counter.add(5)
+            with pytest.raises(StillPending):
+                counter.settle(0.2)
+            assert counter.add(7) == 12
+            assert counter.settle() == [Settled("", 5, 5)]
 
 
 def test_calls_that_wait_for_others_are_given_up_alone() -> None:
