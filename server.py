@@ -375,6 +375,8 @@ def introduce(shared: Shared, cpus: float, engine: str) -> None:
     )
     for warning in found.warnings:
         _log.warning("store %s: %s", store, warning)
+    if shared.settings.sessions and shared.keeper.why_no_sessions:
+        _log.info("clients can have no sessions: %s", shared.keeper.why_no_sessions)
     if shared.admin:
         where = format_address(*shared.admin.getsockname()[:2])
         _log.info("the admin port is at http://%s/", where)
