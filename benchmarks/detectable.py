@@ -2,8 +2,8 @@
 
 Command: .venv/bin/python benchmarks/detectable.py
 
-A total that two processes share, one of them at work: a plain addition, then the one that a crash
-leaves decidable (counter/totals/ledger.py), for turns that hold frames of so many sessions, with the
+A total that two processes share, one of them at work: a plain addition, and the one that a crash
+leaves decidable (counter/totals/ledger.py), for turns with frames of so many sessions, with the
 swap in Python and in C. The smallest of nine rounds counts.
 
 Invalid if: the plain addition differs much from row to row (something else ran).
