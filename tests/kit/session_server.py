@@ -129,8 +129,9 @@ class SessionServer:
             peer.sendall(
                 encode_total(answer.value) if isinstance(answer, Refused) else answer.encode()
             )
-        if isinstance(answer, Answer) and answer.applied >= _have(hello):
-            self._add(peer, self.sessions[hello.session_id], b"")
+            kept = self.sessions.get(hello.session_id)
+        if isinstance(answer, Answer) and kept is not None:
+            self._add(peer, kept, b"")
 
     def _greet(self, peer: socket.socket, hello: Hello) -> Answer | Refused:
         self.hellos.append(hello)
