@@ -369,7 +369,7 @@ def order(judge: Judge) -> str:
 
 @rule(PLAIN, "pipelined", "4,096 frames may be sent before any reply is read")
 def pipelined(judge: Judge) -> str:
-    judge.add(judge.connect(), *(number % 4 for number in range(UNREAD_FRAMES)))
+    judge.add(judge.connect(), *[(0, 1, 0, 2, 0, 3)[n % 6] for n in range(UNREAD_FRAMES)])
     return "4,096 frames in one write, then 4,096 replies in their order"
 
 
