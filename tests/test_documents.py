@@ -27,7 +27,10 @@ from kit.harness import ROOT, Command, ScriptedServer, ServerCommand, receive_ex
 from kit.redis_server import RedisServer
 from protocol import REPLY_SIZE, REQUEST_SIZE
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "SECURITY.md", "clients/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 # Commands that this suite does not run as they stand, and what does or why not.
 ELSEWHERE = {
@@ -39,6 +42,8 @@ ELSEWHERE = {
     "cp": "writes where units of the system are",
     "systemctl": "needs systemd; tests/test_deploy.py checks the unit",
     "python benchmarks/compare.py": "make bench",
+    "python clients/": "tests/clients/test_conformance.py",
+    "cd clients/go &&": "needs Go; tests/clients/test_go_client.py builds the same",
     ".venv/bin/python": "benchmarks, run by hand",
 }
 

@@ -218,7 +218,10 @@ class _PeerTurn(BatchTurn):
         BatchTurn.__init__(self, parts)  # type: ignore[arg-type]
 
     def _count(self) -> None:
-        BatchTurn._count(self)
+        if self.parts:
+            BatchTurn._count(self)
+        else:  # mostly; counting nothing would cost 0.3 us
+            self.amount = self.frames = self.reads = self.tagged = 0
         self.amount += sum(self.amounts)
         self.frames += len(self.lone)
         self.reads += len(self.lone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ from protocol import (
     HELLO_SIZE,
     REPLY_SIZE,
     REQUEST_SIZE,
+    TOTAL_MASK,
     Answer,
     Control,
     Hello,
@@ -181,6 +183,15 @@ def test_amounts_are_added_in_their_order_and_the_session_is_ended(
     assert not server.sessions
 
 
+def test_every_amount_of_the_vectors_is_added(add: Path, server: SessionServer) -> None:
+    vectors = json.loads((ROOT / "clients/vectors.json").read_text())
+    amounts = [case["amount"] for case in vectors["frames"]]
+    command = [str(add), server.address, *amounts]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    totals = [total & TOTAL_MASK for total in accumulate(map(int, amounts))]
+    assert [int(line) for line in done.stdout.split()] == totals
+
+
 def test_more_than_a_window_is_added_in_windows(add: Path, server: SessionServer) -> None:
     amounts = [str(number % 3) for number in range(10_000)]
     command = [str(add), "-window", "4096", server.address, *amounts]
@@ -302,6 +313,23 @@ def test_an_answer_that_cannot_be_right_ends_the_session(
         assert done.returncode == 1
         assert says in done.stderr
         assert len(server.hellos) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "runs", "totals"),
+    [
+        ([], ((4, 1023),), [1005, 1005, 1012, 1023]),
+        ([], ((1, 15), (3, 32), (4, 43)), [15, 25, 32, 43]),
+        ([7], ((3, 107), (4, 118)), [7, 100, 107, 118]),
+        ([], ((2, 3), (4, 2)), [3, 3, 2**64 - 9, 2]),
+    ],
+)
+def test_the_totals_between_the_ends_of_runs_follow_from_the_amounts(
+    add: Path, first: list[int], runs: tuple[tuple[int, int], ...], totals: list[int]
+) -> None:
+    with Played((OPENED, first), (Answer(4, 100, runs), [])) as server:
+        assert added(add, server.address) == totals
+        assert [hello and hello.value for hello in server.hellos[:2]] == [64, len(first)]
 
 
 def test_what_another_server_would_refuse_is_withdrawn_and_the_rest_is_counted(add: Path) -> None:
