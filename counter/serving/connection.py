@@ -53,7 +53,7 @@ class State(Enum):
     PARKED = "no worker, and nothing unread that is known of"
     WAITING = "something unread, and no worker yet"
     SERVED = "a worker: it is read"
-    GREETING = "not read until its hello is answered"
+    GREETING = "not read until its hello, or the end of its session, is answered"
     STALLED = "not read until its replies are taken, or its frames answered"
     DRAINING = "read to the end of what its socket held when the drain began"
     ENDING = "not read any more; ends when it is owed nothing"
@@ -231,9 +231,13 @@ class Connection:
             return
         self.hello = b""
         self.host.frame_deadlines.end(self)
+        self.await_answer()
+        self.sessions().greet(self, hello)
+
+    def await_answer(self) -> None:
+        """Is not read, and needs no worker, until its sessions have answered."""
         self.watch(Interest.NOTHING, State.GREETING)
         self.host.workers.leave(self)
-        self.sessions().greet(self, hello)
 
     def welcome(self, tag: int, answer: Answer) -> None:
         """Its hello is answered: it belongs to a session, whose frames bear `tag`."""
@@ -255,6 +259,7 @@ class Connection:
     def on_checksum(self, frame: bytes) -> None:
         control = decode_control(frame) if self.tag else None
         if control is not None and control[0] is Control.END:
+            self.await_answer()
             self.sessions().end(self)
         else:
             self.on_bad_frame(Ending.CHECKSUM, frame)
@@ -369,7 +374,7 @@ class Connection:
 
     def stall(self) -> None:
         """Stops reading; the deadline of an incomplete frame stands still meanwhile."""
-        if self.state in (State.ENDING, State.STALLED):
+        if self.state in (State.ENDING, State.STALLED, State.GREETING):
             return
         self.watch(Interest.NOTHING, State.STALLED)
         self.host.frame_deadlines.pause(self)

@@ -5,6 +5,8 @@ addition of the sum, from which each gets its own total. The loop starts a commi
 when it has ended; the store's own work is done elsewhere (store_calls.py). One callback answers all
 that a commit held.
 
+Sessions ride along (stored_sessions.py): what is wished of them, and which frames are whose.
+
 The invariant: what is part of a commit whose outcome is in doubt stays so until the store has said
 what became of it; nothing else is committed before. Only what waits can be withdrawn.
 """
@@ -32,8 +34,10 @@ from counter.processes.slots import (
 )
 from counter.serving.additions import Additions
 from counter.serving.store_calls import make_caller
+from counter.serving.stored_sessions import StoredSessions
 from counter.serving.waiting import Waiting
 from counter.system.backoff import backoff_s
+from counter.totals.session_store import Fenced, SessionStore, Work
 from counter.totals.store import InDoubt, Store, StoreAway
 from counter.turn.engine import Engine, KeptTurn, Turn
 from protocol import TOTAL_MASK
@@ -126,8 +130,11 @@ class GroupCommit(Additions):
         timeout_s: float,
         outage: Outage,
         on_loss: Callable[[], None],
+        sessions: StoredSessions | None = None,
     ) -> None:
+        """`sessions` are those of a SessionStore."""
         self._store = store
+        self._sessions = sessions
         self._slot = slot
         self._engine = engine
         self._crowd = crowd
@@ -160,7 +167,7 @@ class GroupCommit(Additions):
         if not self.is_idle:
             return
         self._waiting.purge()
-        state, count = self._state, len(self._waiting)
+        state, count = self._state, self._count()
         if (state is State.IDLE and count) or (
             state is State.GATHERING and count >= self._expected
         ):
@@ -174,6 +181,8 @@ class GroupCommit(Additions):
                 self._outage.begin(f"no answer for {SILENT_S:g} s")
         elif self.is_idle and now - self._ended_at >= HEARTBEAT_S:
             self._start()
+        else:
+            self.commit()  # what was wished of sessions since the last turn
 
     def close(self) -> None:
         """Ends when the store has ended what it is at; nothing more is committed."""
@@ -189,6 +198,10 @@ class GroupCommit(Additions):
     def is_busy(self) -> bool:
         """Whether a call to the store is under way."""
         return self._state in (State.COMMITTING, State.SETTLING)
+
+    def _count(self) -> int:
+        """How many reads wait, and wishes."""
+        return len(self._waiting) + (0 if self._sessions is None else len(self._sessions))
 
     def _enter(self, state: State, after_s: float | None = None) -> None:
         """Changes the state; one that is to end by itself does so `after_s`."""
@@ -216,7 +229,13 @@ class GroupCommit(Additions):
         settles = self._state is State.DOUBTING
         self._enter(State.SETTLING if settles else State.COMMITTING)
         self._started_at = time.monotonic()
-        self._caller.run(self._store.settle if settles else self._commit_or_probe)
+        if settles:
+            self._caller.run(self._store.settle)
+        elif self._sessions is not None and self._sessions.is_active:
+            self._caller.run(self._commit_work_or_probe)
+        else:
+            # Nobody is welcomed before this has ended, so nothing of a session is asked meanwhile.
+            self._caller.run(self._commit_or_probe)
 
     def _commit_or_probe(self) -> int:
         """The caller's call: what waits when it begins is committed; without any, a probe."""
@@ -224,19 +243,36 @@ class GroupCommit(Additions):
             return self._store.commit(self._waiting.take)
         return self._store.probe()
 
+    def _commit_work_or_probe(self) -> int:
+        """The same where sessions may have to do with it."""
+        assert isinstance(self._store, SessionStore)
+        if self._count():
+            return self._store.commit_work(self._take_work)
+        return self._store.probe()
+
+    def _take_work(self) -> Work:
+        assert self._sessions is not None
+        # Wishes first: what was asked before one of them is committed with it, or was before.
+        wishes = self._sessions.take()
+        amount = self._waiting.take()
+        return Work(amount, self._sessions.of_sessions(self._waiting.shares()), wishes)
+
     def _ended(self, before: int | None, error: Exception | None) -> None:
         """A call to the store has ended; runs in the loop."""
         if error is None:
             self._succeed(before, self._measure())
+        elif isinstance(error, Fenced):
+            self._put_back()
+            self._lose(error.lost)
         elif isinstance(error, StoreAway):
             if isinstance(error, InDoubt) or self._state is State.SETTLING:
                 self._try_again(str(error), State.DOUBTING)
             else:
-                self._waiting.put_back()
+                self._put_back()
                 self._try_again(str(error), State.RETRYING)
         else:
             _log.error("the store failed", exc_info=error)
-            self._withdraw_all(self._waiting.finish())
+            self._fail(self._waiting.finish())
             self._store.close()
             self._try_again(str(error), State.RETRYING)
 
@@ -260,10 +296,12 @@ class GroupCommit(Additions):
             self._on_loss()
         under_way = self._waiting.finish()
         if before is None:
-            self._withdraw_all(under_way)
+            self._fail(under_way)
         else:
             self._note_total(self._answer(under_way, before))
-        count = len(self._waiting)
+            if self._sessions is not None:
+                self._sessions.finish()
+        count = self._count()
         self._expected = (sum([turn.reads for turn in under_way]) + count) // 2
         if count < self._expected:
             took_s = time.monotonic() - self._started_at
@@ -296,7 +334,25 @@ class GroupCommit(Additions):
             delay_s = backoff_s(self._failures - 1, FIRST_DELAY_S, LAST_DELAY_S)
         self._enter(state, after_s=delay_s)
 
-    def _withdraw_all(self, turns: list[KeptTurn]) -> None:
+    def _put_back(self) -> None:
+        """The commit was not made: what it held waits again."""
+        if self._sessions is not None:
+            self._sessions.put_back()
+        self._waiting.put_back()
+
+    def _lose(self, lost: frozenset[int]) -> None:
+        """Commits again, at once, without what the connections of these sessions asked."""
+        assert self._sessions is not None
+        self._failures = 0
+        self._sessions.lose(lost)
+        self._crowd.decide_events()
+        self._enter(State.IDLE)
+        self.commit()
+
+    def _fail(self, turns: list[KeptTurn]) -> None:
+        """Nobody knows what became of a commit: who waits for it is withdrawn."""
+        if self._sessions is not None:
+            self._sessions.fail()
         self._withdraw(list(dict.fromkeys(fd for turn in turns for fd in turn.askers())))
 
     def _withdraw(self, askers: list[int]) -> None:

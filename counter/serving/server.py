@@ -50,6 +50,7 @@ from counter.serving.linger import Lingering
 from counter.serving.outage import Outage
 from counter.serving.sessions import MemorySessions, Sessions
 from counter.serving.spreading import SpreadingServer
+from counter.serving.stored_sessions import StoredSessions
 from counter.serving.workers import Workers
 from counter.system.accepting import ACCEPT_PAUSE_S
 from counter.system.libev import READ
@@ -60,6 +61,7 @@ from counter.tls.snapshot import CertificateError
 from counter.totals.counter import Counter
 from counter.totals.ledger import Ledger, SharedLedger
 from counter.totals.memory import AtomicCounter
+from counter.totals.session_store import SessionStore
 from counter.totals.store import Store
 from counter.turn.engines import make_decoder, make_engine
 from counter.turn.library import choose
@@ -240,7 +242,11 @@ class CounterServer(SpreadingServer):
             )
 
         engine, slot = self.engine, self.slot
-        return GroupCommit(store, slot, engine, self, timeout_s, outage, note_loss)
+        sessions = None
+        if isinstance(store, SessionStore) and settings.sessions:
+            store.keep_sessions(settings.sessions)
+            sessions = self.sessions = StoredSessions(settings.max_increment, slot, timeout_s)
+        return GroupCommit(store, slot, engine, self, timeout_s, outage, note_loss, sessions)
 
     def failed(self, detail: str) -> None:
         """Logs an error of the program's own: a connection ends of it, the others do not."""

@@ -50,6 +50,9 @@ class Member(Protocol):
         """Its session goes on with another connection: it leaves, and what was not read of it is
         not added."""
 
+    def withdraw(self) -> None:
+        """What it waits for took too long: it leaves without an answer."""
+
 
 class Sessions(ABC):
     """The sessions of one process; to be used in the loop."""
@@ -63,7 +66,7 @@ class Sessions(ABC):
     @abstractmethod
     def end(self, member: Member) -> None:
         """The client has all its replies and wants no more of the session: it is over, and the
-        member is told how many frames were applied."""
+        member is told how many frames were applied, now or later."""
 
     @abstractmethod
     def abandon(self, member: Member) -> None:

@@ -12,7 +12,8 @@ import time
 from itertools import chain
 
 from counter.serving.store_calls import raw_lock
-from counter.turn.engine import KeptTurn
+from counter.turn.engine import KeptTurn, Share
+from protocol import TOTAL_MASK
 
 Asked = tuple[float, KeptTurn]  # since when, by time.monotonic()
 
@@ -50,6 +51,19 @@ class Waiting:
             self._under_way = self._asked[:count]
             del self._asked[:count]
         return sum([turn.amount for _, turn in self._under_way])
+
+    def shares(self) -> list[Share]:
+        """What sessions ask in the commit, with its sums. For the caller of the store."""
+        shares: list[Share] = []
+        before = 0
+        for _, turn in self._under_way:
+            if turn.tagged:
+                shares += [
+                    (tag, frames, (before + offset) & TOTAL_MASK)
+                    for tag, frames, offset in turn.shares()
+                ]
+            before += turn.amount
+        return shares
 
     def finish(self) -> list[KeptTurn]:
         """What the commit held, which is over."""

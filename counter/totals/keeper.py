@@ -97,7 +97,10 @@ class StoreKeeper(Keeper):
     """The total in a store; StoreError if it cannot be used."""
 
     def __init__(self, settings: ServerSettings, processes: int) -> None:
-        self.why_no_sessions = "a store keeps none"
+        if settings.store.kind != "sqlite":
+            self.why_no_sessions = "this store keeps none"
+        elif not settings.sessions:
+            self.why_no_sessions = "--sessions is 0"
         self._address = settings.store
         self._forks = processes > 0
 

@@ -24,8 +24,10 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from typing import Final
+from typing import Final, NamedTuple
 
+from counter.totals.session_page import PageError
+from counter.totals.session_store import Fenced, SessionStore, Work
 from counter.totals.sqlite_file import (
     APPLICATION_ID,
     EMPTY,
@@ -36,10 +38,10 @@ from counter.totals.sqlite_file import (
     wrong_place,
     wrong_shape,
 )
+from counter.totals.sqlite_sessions import Page, SqlitePages
 from counter.totals.store import (
     Found,
     InDoubt,
-    Store,
     StoreAway,
     StoreError,
     counts_already,
@@ -66,13 +68,25 @@ _BEFORE_WRITING: Final = {
     sqlite3.SQLITE_IOERR_SHMMAP,
 }
 
+# The sessions of a store that nobody told otherwise.
+MOST_SESSIONS: Final = 10_000
+
 FULL: Final = 2  # SQLite's number for synchronous=FULL
 
 _SELECT: Final = "SELECT total FROM counter WHERE id = 1"
 _REPLACE: Final = "UPDATE counter SET total = ? WHERE id = 1 AND total = ?"
 
 
-class SqliteStore(Store):
+class _WorkInDoubt(NamedTuple):
+    """A commit that changes sessions too, of which nobody knows whether it was made."""
+
+    before: int
+    after: int
+    page: Page
+    work: Work
+
+
+class SqliteStore(SessionStore):
     """The total in the file `path`; its calls block for as long as the disk takes."""
 
     blocks = True
@@ -86,7 +100,9 @@ class SqliteStore(Store):
         self._beside: list[tuple[int, int]] = []
         self._look_at = 0.0
         self._last = 0  # the total after this process's last transaction, a guess at what it is
-        self._doubted: tuple[int, int] | None = None  # total before and after the one in doubt
+        # The commit in doubt; of one without sessions the total before and after it.
+        self._doubted: tuple[int, int] | _WorkInDoubt | None = None
+        self._pages = SqlitePages(MOST_SESSIONS)
 
     def check(self, set_total: int | None = None, force: bool = False) -> Found:
         try:
@@ -146,22 +162,27 @@ class SqliteStore(Store):
         assert self._doubted is None
         db = self._open()
         with self._queue(), self._errors():
-            add = amount() & TOTAL_MASK
-            if not add:
-                return _total(db)
-            before = self._last
-            if not self._replace(db, before, (before + add) & TOTAL_MASK):
-                before = _total(db)
-                if not self._replace(db, before, (before + add) & TOTAL_MASK):
-                    # Under the lock, so it was no writer of this project.
-                    raise StoreAway("another program changes the total all the time")
-            return before
+            return self._add(db, amount())
+
+    def keep_sessions(self, most: int) -> None:
+        self._pages = SqlitePages(most)
+
+    def commit_work(self, take: Callable[[], Work]) -> int:
+        assert self._doubted is None
+        db = self._open()
+        with self._queue(), self._errors():
+            work = take()
+            if not (work.shares or work.wishes):
+                return self._add(db, work.amount)
+            return self._do(db, work)
 
     def settle(self) -> int | None:
         assert self._doubted is not None
-        before, after = self._doubted
         db = self._open()
         with self._queue():
+            if isinstance(self._doubted, _WorkInDoubt):
+                return self._settle_work(db, self._doubted)
+            before, after = self._doubted
             try:
                 now = _total(db)
                 made = now == after or (now == before and self._replace(db, before, after))
@@ -181,6 +202,7 @@ class SqliteStore(Store):
             # A write, since a full disk can still be read. Not of the total: a row that is replaced
             # by the same is not written.
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self._pages.give_word(db)
             return _total(db)
 
     def close(self) -> None:
@@ -192,6 +214,61 @@ class SqliteStore(Store):
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def _add(self, db: sqlite3.Connection, amount: int) -> int:
+        """Adds to the total alone; gives back the total before."""
+        add = amount & TOTAL_MASK
+        if not add:
+            return _total(db)
+        before = self._last
+        if not self._replace(db, before, (before + add) & TOTAL_MASK):
+            before = _total(db)
+            if not self._replace(db, before, (before + add) & TOTAL_MASK):
+                # Under the lock, so it was no writer of this project.
+                raise StoreAway("another program changes the total all the time")
+        return before
+
+    def _do(self, db: sqlite3.Connection, work: Work) -> int:
+        """One transaction: total and sessions change together; gives back the total before."""
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            before = _total(db)
+            after = (before + work.amount) & TOTAL_MASK
+            page = self._pages.write(db, before, work)
+            if after != before:
+                db.execute("UPDATE counter SET total = ? WHERE id = 1", (str(after),))
+            self._doubted = _WorkInDoubt(before, after, page, work)
+            db.execute("COMMIT")
+        except PageError as error:
+            raise StoreAway(str(error)) from None
+        except sqlite3.Error:
+            self._pages.doubt_tables()
+            raise
+        finally:
+            if db.in_transaction:
+                with suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+        self._done(page, after)
+        return before
+
+    def _done(self, page: Page, after: int) -> None:
+        self._doubted = None
+        self._pages.adopt(page)
+        self._last = after
+
+    def _settle_work(self, db: sqlite3.Connection, doubted: _WorkInDoubt) -> int:
+        """Looks whether a commit in doubt was made, and makes it otherwise; InDoubt, Fenced."""
+        try:
+            if self._pages.is_written(db, doubted.page):
+                self._done(doubted.page, doubted.after)
+                return doubted.before
+            return self._do(db, doubted.work)
+        except Fenced:
+            self._doubted = None
+            raise
+        except (sqlite3.Error, StoreAway) as error:
+            self._doubted = self._doubted or doubted
+            raise InDoubt(_said(error)) from None
 
     def _replace(self, db: sqlite3.Connection, before: int, after: int) -> bool:
         """One transaction: the total becomes `after` if it is `before`; whether it was."""
