@@ -1,4 +1,5 @@
-"""Sessions of real servers with their total in memory: cut at every byte, killed, moved."""
+"""Sessions of real servers, with their total in memory and in a store: cut at every byte, killed,
+moved."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import pytest
 
@@ -43,10 +45,28 @@ CUTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["0", "2"])
-def server(each_engine: str, request: pytest.FixtureRequest) -> Iterator[ServerCommand]:
+STORES = ["memory", "sqlite"]
+
+
+def kept_in(store: str, folder: Path) -> list[str]:
+    """The flags of a server whose total is in a new store of a kind."""
+    return ["--store", "memory" if store == "memory" else f"{store}:{folder / 'counter.db'}"]
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    """The flags that name each kind of store."""
+    return kept_in(request.param, tmp_path)
+
+
+@pytest.fixture(scope="module", params=[(store, count) for store in STORES for count in "02"])
+def server(
+    each_engine: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerCommand]:
     """A server of this very process, and one of two that share the total."""
-    with ServerCommand("--processes", request.param, "--multiplier", "100") as server:
+    store, processes = request.param
+    flags = kept_in(store, tmp_path_factory.mktemp("store"))
+    with ServerCommand("--processes", processes, "--multiplier", "100", *flags) as server:
         yield server
 
 
@@ -150,8 +170,8 @@ def test_hellos_that_are_wrong_count_nothing_and_end_in_order(
         assert plain.total() == before
 
 
-def test_a_session_under_tls_is_one_like_any_other(each_engine: str) -> None:
-    with ServerCommand("--processes", "2", *kit().server.server_flags()) as server:
+def test_a_session_under_tls_is_one_like_any_other(each_engine: str, store: list[str]) -> None:
+    with ServerCommand("--processes", "2", *store, *kit().server.server_flags()) as server:
         with CounterClient(server.address, 20, trusting(), session=True) as counter:
             assert counter.add_many([1] * 1000) == list(range(1, 1001))
         # Of each two connections one is not cut: so many in a row look like an old server's.
@@ -165,9 +185,9 @@ def test_a_session_under_tls_is_one_like_any_other(each_engine: str) -> None:
 
 
 def test_serving_processes_that_are_killed_under_load_lose_and_double_nothing(
-    each_engine: str,
+    each_engine: str, store: list[str]
 ) -> None:
-    with ServerCommand("--processes", "2", "--multiplier", "100") as server:
+    with ServerCommand("--processes", "2", "--multiplier", "100", *store) as server:
         stop = threading.Event()
         sums: list[int] = []
         errors: list[BaseException] = []
@@ -237,8 +257,11 @@ def test_with_sessions_0_a_hello_is_what_it_is_to_an_old_server(engine: str) -> 
         assert told(peer) is None
 
 
-def test_a_flood_of_sessions_is_bounded_and_plain_peers_go_on(open_peers: ExitStack) -> None:
-    with ServerCommand("--sessions", "20", "--processes", "2", "--multiplier", "100") as server:
+def test_a_flood_of_sessions_is_bounded_and_plain_peers_go_on(
+    open_peers: ExitStack, store: list[str]
+) -> None:
+    flags = ["--sessions", "20", "--processes", "2", "--multiplier", "100", *store]
+    with ServerCommand(*flags) as server:
         answers = [
             told(greet(open_peers, server, Hello(new_id(), Control.OPEN, 4096))) for _ in range(60)
         ]
