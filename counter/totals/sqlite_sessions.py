@@ -154,7 +154,8 @@ class _Change:
         self._now = now
         self._most = most
         self._frames: int | None = None  # of the page, or more
-        self._others: dict[int, dict[int, Record]] = {}  # pages that lose some
+        self._others: dict[int, dict[int, Record]] = {}  # what is in other writers' pages
+        self._thinned: set[int] = set()  # of those, the writers that lose a session
         self._room: tuple[int, int] | None = None  # how many more sessions, of how many frames
 
     def grant(self, wishes: list[Wish]) -> None:
@@ -167,10 +168,10 @@ class _Change:
                 self._park(wish.session_id)
             else:
                 wish.applied = self._end(wish)
-        for writer, records in self._others.items():
+        for writer in self._thinned:
             self._db.execute(
                 "UPDATE session_page SET fence = fence + 1, records = ? WHERE writer = ?",
-                (pack(records.values()), writer),
+                (pack(self._others[writer].values()), writer),
             )
 
     def expire(self) -> None:
@@ -194,6 +195,7 @@ class _Change:
             return Refused.UNKNOWN
         if writer is not None:
             del self._others[writer][record.session_id]
+            self._thinned.add(writer)
         if have > applied:
             # What was answered is not in the total: the client has to learn it, and then knows more
             # than there is here.
