@@ -46,8 +46,12 @@ class Writer:
         return self.store.commit_work(lambda: Work(amount, list(shares), list(wishes)))
 
     def claim(self, hello: Hello) -> Granted | Refused | None:
+        """What becomes of a hello, again where the writer is Fenced."""
         claim = Claim(hello)
-        self.do(claim)
+        try:
+            self.do(claim)
+        except Fenced:
+            self.do(claim)
         return claim.outcome
 
     def add(self, session_id: int, *amounts: int) -> int:
@@ -225,7 +229,7 @@ def test_a_session_goes_back_and_forth(here: Writer, there: Writer) -> None:
         one = there if turn % 2 else here
         if turn > 1:
             with pytest.raises(Fenced):
-                one.claim(resuming(turn))
+                one.do(Claim(resuming(turn)))
         assert one.claim(resuming(turn)) == Granted(turn, ())
         assert one.add(A, 1) == turn + 1
 
@@ -559,11 +563,7 @@ def test_processes_that_take_a_session_from_each_other_count_what_was_answered(p
         pids.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
     assert sql(path, "SELECT total FROM counter") == [("450",)]
-    claim = Claim(resuming(450))
-    with pytest.raises(Fenced):
-        opener.do(claim)
-    opener.do(claim)
-    assert claim.outcome == Granted(450, ())
+    assert opener.claim(resuming(450)) == Granted(450, ())
     opener.store.close()
 
 
