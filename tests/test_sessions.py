@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from client import CounterClient
 from kit.certificates import kit, trusting
 from kit.cutting_proxy import Cut, CuttingProxy
 from kit.engine import ENGINES
-from kit.faults import LONG
+from kit.faults import LONG, kill_everything, serve, serve_together
 from kit.harness import ServerCommand, children, receive_exactly, wait_until
 from protocol import (
     HELLO_SIZE,
@@ -188,27 +189,52 @@ def test_serving_processes_that_are_killed_under_load_lose_and_double_nothing(
     each_engine: str, store: list[str]
 ) -> None:
     with ServerCommand("--processes", "2", "--multiplier", "100", *store) as server:
-        stop = threading.Event()
-        sums: list[int] = []
-        errors: list[BaseException] = []
-        threads = [
-            threading.Thread(target=load, args=(server.address, seed, stop, sums, errors))
-            for seed in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for _ in range(100 if LONG else 8):
-            victim = random.choice(serving(server))
-            asked = server_requests(server)
-            os.kill(victim, signal.SIGKILL)
-            wait_until(lambda victim=victim: victim not in serving(server), "it was reaped")  # type: ignore[misc]
-            wait_until(lambda asked=asked: server_requests(server) > asked + 100, "it is served on")  # type: ignore[misc]
-        stop.set()
-        for thread in threads:
-            thread.join()
-        assert errors == []
-        with CounterClient(server.address) as plain:
-            assert plain.total() == sum(sums)
+        with Loads(server.address) as loads:
+            for _ in range(100 if LONG else 8):
+                victim = random.choice(serving(server))
+                asked = total_of(server)
+                os.kill(victim, signal.SIGKILL)
+                wait_until(lambda victim=victim: victim not in serving(server), "it was reaped")  # type: ignore[misc]
+                wait_until(lambda asked=asked: total_of(server) > asked + 100, "it is served on")  # type: ignore[misc]
+        loads.check(total_of(server))
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM"])
+def test_a_server_on_a_store_that_ends_under_load_loses_and_doubles_nothing(
+    each_engine: str, tmp_path: Path, end: str
+) -> None:
+    flags = ["--multiplier", "100", "--processes", "2", *kept_in("sqlite", tmp_path)]
+    with ExitStack() as stack:
+        server = stack.enter_context(ServerCommand(*flags))
+        with Loads(server.address) as loads:
+            for _ in range(20 if LONG else 4):
+                before = total_of(server)
+                if end == "SIGKILL":
+                    kill_everything(server)
+                else:
+                    server.stop()
+                server = stack.enter_context(ServerCommand(*flags, port=str(port_of(server))))
+                wait_until(
+                    lambda server=server, before=before: total_of(server) > before + 100,  # type: ignore[misc]
+                    "it is served on",
+                )
+        loads.check(total_of(server))
+
+
+def test_clients_that_go_from_one_server_of_a_file_to_the_other_are_counted_once(
+    each_engine: str, tmp_path: Path
+) -> None:
+    store = f"sqlite:{tmp_path / 'counter.db'}"
+    starts = [partial(serve, store)] * 2
+    with serve_together(*starts) as servers, ExitStack() as stack:
+        cuts = [Cut(back=random.randrange(16, 3000)) for _ in range(400 if LONG else 60)]
+        one, *others = map(port_of, servers)
+        proxy = stack.enter_context(CuttingProxy(one, cuts, others=others))
+        with Loads(proxy.address) as loads:
+            wait_until(lambda: proxy.made == len(cuts), "they were cut")
+        totals = {total_of(server) for server in servers}
+        assert len(totals) == 1
+        loads.check(totals.pop())
 
 
 def serving(server: ServerCommand) -> list[int]:
@@ -216,28 +242,51 @@ def serving(server: ServerCommand) -> list[int]:
     return children(server.process.pid)
 
 
-def server_requests(server: ServerCommand) -> int:
+def total_of(server: ServerCommand) -> int:
     """The total now, which rises as long as anybody is served."""
     with CounterClient(server.address, session=True) as counter:
         return counter.total()
 
 
-def load(
-    address: str, seed: int, stop: threading.Event, sums: list[int], errors: list[BaseException]
-) -> None:
-    """Adds in a session until it is told to stop; notes what it was told that is counted."""
-    draw, done = random.Random(seed), 0
-    try:
-        with CounterClient(address, timeout=30, session=True) as counter:
-            while not stop.is_set():
-                amounts = [draw.randrange(1, 10) for _ in range(draw.randrange(1, 300))]
-                totals = counter.add_many(amounts)
-                assert all(a < b for a, b in pairwise(totals))
-                done += sum(amounts)
-    except BaseException as error:
-        errors.append(error)
-    finally:
-        sums.append(done)
+class Loads:
+    """Threads that add in sessions for the block, and know what they were told that is counted."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.stop = threading.Event()
+        self.sums: list[int] = []
+        self.errors: list[BaseException] = []
+        self.threads = [threading.Thread(target=self.add, args=(seed,)) for seed in range(4)]
+
+    def __enter__(self) -> Loads:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+    def add(self, seed: int) -> None:
+        """Adds in a session until it is told to stop."""
+        draw, done = random.Random(seed), 0
+        try:
+            with CounterClient(self.address, timeout=30, session=True) as counter:
+                while not self.stop.is_set():
+                    amounts = [draw.randrange(1, 10) for _ in range(draw.randrange(1, 300))]
+                    totals = counter.add_many(amounts)
+                    assert all(a < b for a, b in pairwise(totals))
+                    done += sum(amounts)
+        except BaseException as error:
+            self.errors.append(error)
+        finally:
+            self.sums.append(done)
+
+    def check(self, total: int) -> None:
+        """Nothing failed, was lost or was counted twice."""
+        assert self.errors == []
+        assert total == sum(self.sums)
 
 
 def test_a_server_that_was_started_anew_counts_on_where_nothing_is_in_doubt() -> None:

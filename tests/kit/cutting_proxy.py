@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import cycle
 
 from kit.harness import PATIENCE_S, ScriptedServer
 
@@ -21,17 +22,22 @@ class Cut:
 
 
 class CuttingProxy(ScriptedServer):
-    """Passes on what clients and the server at `port` say to each other, up to a cut.
+    """Passes on what clients and the server at `port` say to each other, up to a cut; with `others`
+    each connection goes to the next of the ports.
 
     `cuts` are those of the first connections, in order; the others are not cut. `at_cut` is called
     when nothing more will pass and nobody can have noticed.
     """
 
     def __init__(
-        self, port: int, cuts: Sequence[Cut], at_cut: Callable[[], object] = lambda: None
+        self,
+        port: int,
+        cuts: Sequence[Cut],
+        at_cut: Callable[[], object] = lambda: None,
+        others: Sequence[int] = (),
     ) -> None:
         super().__init__(self._live)
-        self._port = port
+        self._ports = cycle((port, *others))
         self._cuts = list(cuts)
         self._at_cut = at_cut
         self._taking = threading.Lock()
@@ -42,7 +48,8 @@ class CuttingProxy(ScriptedServer):
         with self._taking:
             self.connections += 1
             cut = self._cuts.pop(0) if self._cuts else Cut()
-        with socket.create_connection(("127.0.0.1", self._port), PATIENCE_S) as far:
+            port = next(self._ports)
+        with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as far:
             far.settimeout(None)
             self._open.append(far)
             for sock in (near, far):
