@@ -34,13 +34,14 @@ _MOST_TAGS: Final = 2**32 - 1
 class _Asked:
     """A wish, if any: who waits for it, since when, and the tag that means nothing after it."""
 
-    __slots__ = ("member", "since", "tag", "wish")
+    __slots__ = ("is_taken", "member", "since", "tag", "wish")
 
     def __init__(self, wish: Wish | None, member: Member | None = None, tag: int = 0) -> None:
         self.wish = wish
         self.member = member
         self.since = monotonic()
         self.tag = tag
+        self.is_taken = False  # into a commit
 
 
 class StoredSessions(Sessions):
@@ -60,6 +61,7 @@ class StoredSessions(Sessions):
         # Never replaced: it is taken from at its head while the loop appends.
         self._waiting: list[_Asked] = []
         self._under_way: list[_Asked] = []
+        self._asking: dict[Member, _Asked] = {}
         self._claims: Counter[int] = Counter()  # how many wait for a session, or are under way
         # Nobody has them any more, and somebody claims them: they are not parked meanwhile.
         self._orphans: set[int] = set()
@@ -75,7 +77,7 @@ class StoredSessions(Sessions):
 
     def greet(self, member: Member, hello: Hello) -> None:
         self._claims[hello.session_id] += 1
-        self._waiting.append(_Asked(Claim(hello), member))
+        self._ask(_Asked(Claim(hello), member), member)
 
     def end(self, member: Member) -> None:
         session_id = self._ids[member.tag]
@@ -83,7 +85,7 @@ class StoredSessions(Sessions):
             # It comes too late, the session goes on with another connection.
             member.give_way()
         else:
-            self._waiting.append(_Asked(End(session_id), member, member.tag))
+            self._ask(_Asked(End(session_id), member, member.tag), member)
 
     def abandon(self, member: Member) -> None:
         tag, member.tag = member.tag, 0
@@ -100,15 +102,14 @@ class StoredSessions(Sessions):
             self._let_go(session_id, member.tag, Park(session_id))
 
     def sweep(self, now: float) -> None:
-        with self._taking:
-            asked = self._under_way + self._waiting
-        for one in asked:
-            if one.member is not None and one.since <= now - self._timeout_s:
-                one.member.withdraw()
+        for member, asked in list(self._asking.items()):
+            if asked.since <= now - self._timeout_s:
+                member.withdraw()
 
     def close(self) -> None:
-        for asked in self._waiting + self._under_way:
+        for asked in self._asking.values():
             asked.member = None
+        self._asking.clear()
 
     def take(self) -> list[Wish]:
         """Moves all wishes that wait into the commit; they are to be taken before its frames."""
@@ -116,7 +117,9 @@ class StoredSessions(Sessions):
             count = len(self._waiting)
             self._under_way = self._waiting[:count]
             del self._waiting[:count]
-        return [asked.wish for asked in self._under_way if asked.wish is not None]
+            for asked in self._under_way:
+                asked.is_taken = True
+            return [asked.wish for asked in self._under_way if asked.wish is not None]
 
     def of_sessions(self, shares: Iterable[Share]) -> list[SessionShare]:
         """The same shares, with ids for tags."""
@@ -127,30 +130,32 @@ class StoredSessions(Sessions):
         """The commit is made: acts upon what became of the wishes in it."""
         under_way, self._under_way = self._under_way, []
         for asked in under_way:
-            wish = asked.wish
+            wish, member = asked.wish, asked.member
+            if member is not None:
+                del self._asking[member]
             if isinstance(wish, Claim):
-                self._end_claim(wish, asked.member)
-            elif isinstance(wish, End) and asked.member is not None:
-                self._end_session(wish, asked.member)
+                self._end_claim(wish, member)
+            elif isinstance(wish, End) and member is not None:
+                self._end_session(wish, member)
             self._ids.pop(asked.tag, None)
 
     def put_back(self) -> None:
         """The commit was not made: what it held waits again, in front of what came since."""
-        with self._taking:
-            self._waiting[:0] = self._under_way
-            self._under_way = []
+        self._wait_first(self._under_way)
+        self._under_way = []
 
     def fail(self) -> None:
         """Nobody knows whether the commit was made: who waits for it is withdrawn, and what was
         claimed is let go of."""
         under_way, self._under_way = self._under_way, []
+        self._wait_first([asked for asked in under_way if not isinstance(asked.wish, Claim)])
         for asked in under_way:
-            member, asked.member = asked.member, None
+            member = asked.member
             if isinstance(asked.wish, Claim):
                 self._end_wait(asked.wish.session_id, True)
-            else:
-                self._waiting.append(asked)
             if member is not None:
+                self._asking.pop(member, None)
+                asked.member = None
                 member.withdraw()
 
     def lose(self, lost: Iterable[int]) -> None:
@@ -164,8 +169,18 @@ class StoredSessions(Sessions):
             parks.append(_Asked(Park(session_id), None, 0 if member is None else member.tag))
             if member is not None:
                 member.give_way()
+        self._wait_first(parks)
+
+    def _ask(self, asked: _Asked, member: Member) -> None:
+        self._asking[member] = asked
+        self._waiting.append(asked)
+
+    def _wait_first(self, asked: list[_Asked]) -> None:
+        """Has wishes wait in front of what waits."""
         with self._taking:
-            self._waiting[:0] = parks
+            for one in asked:
+                one.is_taken = False
+            self._waiting[:0] = asked
 
     def _end_claim(self, claim: Claim, member: Member | None) -> None:
         """Answers a hello, whose claim is in the store or is refused."""
@@ -174,7 +189,6 @@ class StoredSessions(Sessions):
         if isinstance(outcome, Granted) and (member is not None or outcome.is_over):
             self._replace(session_id)
         if isinstance(outcome, Granted) and not outcome.is_over and member is not None:
-            self._end_wait(session_id, False)
             self._welcome(member, session_id, outcome)
             return
         self._end_wait(session_id, isinstance(outcome, Granted))
@@ -192,6 +206,7 @@ class StoredSessions(Sessions):
         tag = self._new_tag()
         self._ids[tag] = session_id
         self._members[session_id] = member
+        self._end_wait(session_id, False)
         member.welcome(tag, Answer(granted.applied, self._limit, granted.runs))
 
     def _replace(self, session_id: int) -> None:
@@ -232,18 +247,16 @@ class StoredSessions(Sessions):
 
     def _forget_asked(self, member: Member) -> None:
         """Nobody is there to be told what becomes of what he asked."""
+        asked = self._asking.pop(member, None)
+        if asked is None:
+            return
+        asked.member = None
         with self._taking:
-            for asked in self._under_way + self._waiting:
-                if asked.member is member:
-                    asked.member = None
-                    is_claim = isinstance(asked.wish, Claim) and asked in self._waiting
-                    if is_claim:
-                        self._waiting.remove(asked)
-                    break
-            else:
+            wish = asked.wish
+            if not isinstance(wish, Claim) or asked.is_taken:
                 return
-        if is_claim and isinstance(asked.wish, Claim):
-            self._end_wait(asked.wish.session_id, False)
+            asked.wish = None
+        self._end_wait(wish.session_id, False)
 
     def _new_tag(self) -> int:
         while True:
