@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from itertools import count
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from counter.processes.slots import (
     SESSIONS_EVICTED,
@@ -432,3 +434,97 @@ def test_a_process_that_ends_answers_nobody(
     sessions.close()
     store.commit()
     assert other.said == []
+
+
+class Crowd:
+    """Members of two sessions that do whatever they may at any moment, commits that fail in every
+    way, and another writer that takes sessions away."""
+
+    def __init__(self) -> None:
+        self.sessions = StoredSessions(LIMIT, Slots(1)[0], TIMEOUT_S)
+        self.store = FakeStore(self.sessions)
+        self.members: list[FakeMember] = []
+        self.asked: list[tuple[FakeMember, int]] = []  # frames that wait, by their tags
+        self.wishes: list[Wish] | None = None  # of the commit under way
+        self.frames: list[tuple[FakeMember, int]] = []  # that are in it
+
+    def do(self, step: int, whom: int) -> None:
+        """One of the things that can happen, if it can now."""
+        open_members = [member for member in self.members if member.is_open]
+        welcomed = [member for member in open_members if member.tag]
+        waiting = [*self.sessions._asking]
+        free = [member for member in welcomed if member not in waiting]
+        if step == 0 and len(open_members) < 6:
+            kind = Control.RESUME if whom & 2 else Control.OPEN
+            member = FakeMember(self.sessions)
+            self.members.append(member.greet(Hello(5 + whom % 2, kind, 1 if whom & 1 else 0)))
+        elif step == 1 and open_members:
+            open_members[whom % len(open_members)].close()
+        elif step == 2 and free:
+            member = free[whom % len(free)]
+            self.asked.append((member, member.tag))
+        elif step == 3 and free:
+            self.sessions.end(free[whom % len(free)])
+        elif step == 4 and free:
+            member = free[whom % len(free)]
+            self.sessions.abandon(member)
+            member.close()
+        elif step == 5 and self.wishes is None:
+            self.begin()
+        elif step == 6 and self.wishes is not None:
+            self.end_commit(whom)
+        elif step == 7:
+            self.store.refuses = None if whom & 1 else Refused.NO_ROOM
+
+    def begin(self) -> None:
+        """Begins a commit, after what is void was taken out of what waits; some may end while it
+        begins."""
+        self.asked = [(member, tag) for member, tag in self.asked if member.is_open]
+        self.frames, self.asked = self.asked, []
+        self.wishes = self.store.take(*(tag for _, tag in self.frames))
+
+    def end_commit(self, how: int) -> None:
+        """The commit is made, is not made, is fenced, or nobody knows."""
+        assert self.wishes is not None
+        wishes, self.wishes = self.wishes, None
+        if how % 8 == 7:
+            self.sessions.put_back()
+            self.asked[:0] = self.frames
+        elif how % 8 == 6 and self.store.page:
+            lost = min(self.store.page)
+            self.store.page.discard(lost)
+            self.sessions.put_back()
+            self.asked[:0] = self.frames
+            self.sessions.lose({lost})
+        elif how % 8 == 5:
+            if how & 8:
+                self.store.make(wishes)
+            for member, _ in self.frames:
+                if member.is_open:
+                    member.withdraw()
+            self.sessions.fail()
+        else:
+            self.store.make(wishes)
+            self.sessions.finish()
+
+
+@settings(deadline=None, derandomize=True, max_examples=2000)
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 15)), max_size=60))
+def test_whatever_happens_frames_are_of_sessions_that_are_there(
+    steps: list[tuple[int, int]],
+) -> None:
+    crowd = Crowd()
+    for step, whom in steps:
+        crowd.do(step, whom)
+    for _ in range(4):
+        if crowd.wishes is not None:
+            crowd.end_commit(0)
+        crowd.begin()
+    crowd.end_commit(0)
+    sessions = crowd.sessions
+    assert set(sessions._members) == crowd.store.page == set(sessions._ids.values())
+    assert not sessions._claims
+    assert not sessions._orphans
+    assert not sessions._asking
+    holders = [member for member in crowd.members if member.is_open]
+    assert sorted(map(id, holders)) == sorted(map(id, sessions._members.values()))
