@@ -267,7 +267,6 @@ class SqliteStore(SessionStore):
             self._doubted = None
             raise
         except (sqlite3.Error, StoreAway) as error:
-            self._doubted = self._doubted or doubted
             raise InDoubt(_said(error)) from None
 
     def _replace(self, db: sqlite3.Connection, before: int, after: int) -> bool:

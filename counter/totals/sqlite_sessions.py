@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from counter.totals.session_page import Record, pack, unpack
+from counter.totals.session_page import Record, join, pack, unpack
 from counter.totals.session_store import Claim, End, Fenced, Granted, Park, Wish, Work
-from protocol import Control, Refused
+from protocol import TOTAL_MASK, Control, Refused
 
 # A session is kept for so long since it had a connection, and the page of a writer since its last
 # word, which those that have sessions give more often.
@@ -61,6 +61,7 @@ class Page(NamedTuple):
     fence: int
     number: int
     records: dict[int, Record]
+    packed: dict[int, bytes]  # of the same
 
 
 class SqlitePages:
@@ -87,20 +88,20 @@ class SqlitePages:
         self._look(db)
         records = dict(page.records)
         for session_id, frames, offset in work.shares:
-            records[session_id] = records[session_id].advance(frames, offset)
-        for session_id in {share[0] for share in work.shares}:
-            records[session_id] = records[session_id].settled(before)
+            total = (before + offset) & TOTAL_MASK
+            records[session_id] = records[session_id].after(frames, total)
         change = _Change(db, page.writer, records, now, self._most)
         if now - self._expired_at >= WORD_S:
             self._expired_at = now
             change.expire()
         change.grant(work.wishes)
-        number, data = page.number + 1, pack(records.values())
+        packed = self._packed(records, work)
+        number, data = page.number + 1, join(list(packed.values()))
         if page.number:
             db.execute(_UPDATE_PAGE, (number, now, data, page.writer))
         else:
             db.execute(_INSERT_PAGE, (page.writer, page.fence, number, now, data))
-        return Page(page.writer, page.fence, number, records)
+        return Page(page.writer, page.fence, number, records, packed)
 
     def adopt(self, page: Page) -> None:
         """The transaction has ended that wrote it."""
@@ -125,6 +126,20 @@ class SqlitePages:
             db.execute(statement, (int(now), self._page.writer, self._page.fence))
             self._word_at = now
 
+    def _packed(self, records: dict[int, Record], work: Work) -> dict[int, bytes]:
+        """The bytes of the records of a page, made anew of those that a commit has changed."""
+        packed = self._page.packed.copy()
+        for session_id in {share[0] for share in work.shares}:
+            if session_id in records:
+                packed[session_id] = records[session_id].packed()
+        for wish in work.wishes:
+            session_id = wish.session_id
+            if session_id in records:
+                packed[session_id] = records[session_id].packed()
+            else:
+                packed.pop(session_id, None)
+        return packed
+
     def _look(self, db: sqlite3.Connection) -> None:
         """Fenced unless the page is as it was left; then what is there is this writer's page from
         now on, or a new one where that is not this writer's work."""
@@ -137,7 +152,8 @@ class SqlitePages:
             self._page = _new_page()
             raise Fenced(mine)
         kept = _records(db, page.writer)
-        self._page = Page(page.writer, *marks, kept)
+        packed = {session_id: record.packed() for session_id, record in kept.items()}
+        self._page = Page(page.writer, *marks, kept, packed)
         # Below: the file went back, and each client has to learn what was lost.
         raise Fenced(mine if marks[1] < page.number else mine - kept.keys())
 
@@ -296,7 +312,7 @@ class _Change:
 
 def _new_page() -> Page:
     """The page of a writer that there never was."""
-    return Page(random.SystemRandom().getrandbits(63), 0, 0, {})
+    return Page(random.SystemRandom().getrandbits(63), 0, 0, {}, {})
 
 
 def _marks(db: sqlite3.Connection, writer: int) -> tuple[int, int] | None:

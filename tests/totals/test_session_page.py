@@ -62,6 +62,16 @@ def test_a_record_keeps_no_more_runs_than_its_window_has_frames(
     assert all(last > record.applied - window for last, _ in record.runs_behind(0))
 
 
+def test_runs_take_as_few_bytes_as_their_largest_needs_and_few_again_later() -> None:
+    record, total = Record(1, 4), 0
+    sizes = []
+    for rise in [1, 300, 70000, 1, 2**40, 1, 1, 1, 1, 1, 1, 1]:
+        total += rise
+        record = record.after(1, total)
+        sizes.append(len(record.runs) // len(record.runs_behind(0)))
+    assert sizes == [3, 3, 6, 6, 12, 12, 12, 3, 3, 3, 3, 3]
+
+
 @PROPERTY
 @given(st.lists(st.tuples(ids, windows, commits), max_size=5))
 def test_what_is_packed_is_read_again(sessions: list) -> None:  # type: ignore[type-arg]
@@ -101,7 +111,8 @@ def test_a_page_of_another_layout_is_refused() -> None:
 
 
 def test_a_page_that_grows_a_little_keeps_its_length() -> None:
-    lengths = {
-        len(pack([Record(1, 64, runs=bytes(16 * runs)), Record(2, 64)])) for runs in range(20)
-    }
+    one, lengths = Record(1, 64), set()
+    for total in range(64):
+        one = one.after(1, total)
+        lengths.add(len(pack([one, Record(2, 64)])))
     assert lengths == {1024}
