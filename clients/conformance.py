@@ -586,6 +586,29 @@ def taken_over(judge: Judge) -> str:
     return "two frames on the old connection: not counted, and it was ended"
 
 
+@rule(SESSIONS, "taken over in the middle", "what `applied` leaves out is not counted, nor will be")
+def taken_over_in_the_middle(judge: Judge) -> str:
+    amounts = [1, 2, 3, 4]
+    found = set()
+    for _ in range(20):
+        old, before = judge.open(), judge.total()
+        judge.added += 10
+        old.send(frames(amounts[:3]))
+        session = judge.session("resume", 0, old.id)
+        applied = session.answer.applied
+        if applied > 3:
+            raise Wrong(f"{session.answer}, where 3 frames were sent")
+        found.add(applied)
+        old.send(frames([7]))
+        totals = session.totals(0, amounts) + session.ask(amounts[applied:])
+        expect(
+            totals, after(before, amounts), "totals of 4 frames, 3 of them on the old connection"
+        )
+        judge.end(session, 4)
+    seen = ", ".join(map(str, sorted(found)))
+    return f"3 frames, and at once `resume` elsewhere, 20 times: applied {seen}; each counted once"
+
+
 @rule(
     SESSIONS,
     "resume above applied",
@@ -785,7 +808,7 @@ def end_of_stranger(judge: Judge) -> str:
     stranger.send(control("end", 1))
     stranger.expect_fin("`end` on a plain connection")
     judge.add(session, 1)
-    judge.end(session, 2)
+    judge.end(judge.session("resume", 2, session.id).accepted(2), 2)
     return "FIN without an answer, and a session goes on"
 
 

@@ -12,13 +12,17 @@ import threading
 import pytest
 
 from kit.harness import ROOT, Command, ScriptedServer, ServerCommand
-from kit.session_server import session_server
+from kit.session_server import Kept, SessionServer, session_server
 from protocol import (
     REPLY_SIZE,
     REQUEST_SIZE,
     TOTAL_MASK,
+    Answer,
     BadFrame,
+    Control,
     Decoder,
+    Hello,
+    Refused,
     encode_total,
 )
 
@@ -102,7 +106,7 @@ def test_the_limit_of_a_session_is_judged_where_there_is_one() -> None:
     [
         ("applied", ("resume", "pairs", "resume above applied", "broken at any byte")),
         ("run", ("pairs", "a whole window")),
-        ("unfenced", ("taken over", "open again, unused")),
+        ("unfenced", ("taken over", "taken over in the middle", "open again, unused")),
         ("forgets", ("resume",)),
         ("held", ("resume", "taken over")),
     ],
@@ -112,6 +116,60 @@ def test_a_server_of_sessions_that_is_wrong_is_told_so(fault: str, found: tuple[
         judged = Judged(server.address)
         judged.expect_failures(*found)
         assert not judged.names("FAIL", "plain"), judged.text
+
+
+class WrongSessions(SessionServer):
+    """A server of sessions with one more fault."""
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def _greet(self, peer: socket.socket, hello: Hello) -> Answer | Refused:
+        kept = self.sessions.get(hello.session_id)
+        if self.wrong == "opens what is used" and hello.kind is Control.OPEN:
+            self.sessions.pop(hello.session_id, None)
+        if self.wrong == "resumes what is unknown" and kept is None:
+            self.sessions[hello.session_id] = Kept(64)
+        answer = super()._greet(peer, hello)
+        if isinstance(answer, Refused):
+            if self.wrong == "takes over and refuses" and kept and kept.holder:
+                kept.holder.shutdown(socket.SHUT_RDWR)
+        elif self.wrong == "refuses what is lost" and hello.session_id not in self.sessions:
+            return Refused.UNKNOWN
+        return answer
+
+    def _refuse(self, peer: socket.socket, kept: Kept | None, frame: bytes) -> None:
+        before = dict(self.sessions)
+        super()._refuse(peer, kept, frame)
+        if self.wrong == "ends no session":
+            self.sessions = before
+        if self.wrong == "answers the end of a stranger" and kept is None:
+            peer.sendall(encode_total(0))
+        if self.wrong == "ends any session for a stranger" and kept is None:
+            self.sessions.clear()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ("opens what is used", ("open again, used",)),
+        ("resumes what is unknown", ("unknown id", "window", "hello, cut off", "hello, wrong")),
+        ("takes over and refuses", ("resume below the window", "open again, used")),
+        ("refuses what is lost", ("resume above applied",)),
+        ("ends no session", ("hello twice", "refusal in a session", "end")),
+        ("answers the end of a stranger", ("end of a stranger", "control frames are no additions")),
+        ("ends any session for a stranger", ("end of a stranger",)),
+    ],
+)
+def test_a_server_that_knows_its_sessions_badly_is_told_so(
+    wrong: str, found: tuple[str, ...]
+) -> None:
+    server = WrongSessions(wrong)
+    try:
+        Judged(server.address, "--patience", "0.5").expect_failures(*found)
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize(
