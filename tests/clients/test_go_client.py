@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.harness import ROOT, ScriptedServer, receive_exactly
+from kit.harness import ROOT, ScriptedServer, receive_exactly, wait_until
 from kit.session_server import SessionServer, session_server
 from protocol import (
     HELLO_SIZE,
@@ -180,7 +180,7 @@ def test_amounts_are_added_in_their_order_and_the_session_is_ended(
 ) -> None:
     assert added(add, server.address, *options) == list(accumulate(AMOUNTS))
     assert server.total == sum(AMOUNTS)
-    assert not server.sessions
+    wait_until(lambda: not server.sessions, "the session is ended")
 
 
 def test_every_amount_of_the_vectors_is_added(add: Path, server: SessionServer) -> None:
