@@ -262,6 +262,35 @@ def has_unread(sock: _socket.socket, size: int) -> bool:
     return len(sock.recv(1 << 20, socket.MSG_PEEK)) == size
 
 
+def test_who_has_asked_before_is_added_with_those_that_bear_a_tag(table: Table) -> None:
+    (plain, _), (member, fd), (other, _) = (table.connect() for _ in range(3))
+    for peer in (plain, member, other):
+        peer.sendall(ONE)
+        table.receive().answer(0)
+        assert replies(peer, 1) == [1]
+    table.engine.join(fd, 9)
+    for peer, amount in ((plain, 10), (member, 20), (other, 40)):
+        peer.sendall(encode_frame(amount))
+    for sock in table.socks:
+        wait_until(partial(has_unread, sock, 16), "it came")
+    turn = table.receive()
+    assert (turn.frames, turn.reads, turn.amount, turn.tagged) == (3, 3, 70, 1)
+    turn.answer(100)
+    ((tag, frames, offset),) = turn.shares()
+    assert (tag, frames, 100 + offset) == (9, 1, replies(member, 1)[0])
+    assert {replies(plain, 1)[0], replies(other, 1)[0], 100 + offset} >= {170}
+
+
+def test_who_has_asked_before_is_still_read_to_a_limit_and_no_further(table: Table) -> None:
+    peer, fd = table.connect()
+    peer.sendall(ONE)
+    table.receive().answer(0)
+    table.engine.limit(fd, 16)
+    peer.sendall(ONE)
+    table.receive().answer(1)
+    assert table.events() == [(Kind.DRAINED, fd, b"")]
+
+
 def test_without_a_tag_there_is_no_share(table: Table) -> None:
     peer, _ = table.connect()
     peer.sendall(ONE)
