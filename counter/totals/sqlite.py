@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Final, NamedTuple
 
-from counter.totals.session_page import PageError
 from counter.totals.session_store import Fenced, SessionStore, Work
 from counter.totals.sqlite_file import (
     APPLICATION_ID,
@@ -239,8 +238,6 @@ class SqliteStore(SessionStore):
                 db.execute("UPDATE counter SET total = ? WHERE id = 1", (str(after),))
             self._doubted = _WorkInDoubt(before, after, page, work)
             db.execute("COMMIT")
-        except PageError as error:
-            raise StoreAway(str(error)) from None
         except sqlite3.Error:
             self._pages.doubt_tables()
             raise

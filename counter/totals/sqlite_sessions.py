@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from counter.totals.session_page import Record, join, pack, unpack
+from counter.totals.session_page import PageError, Record, join, pack, unpack
 from counter.totals.session_store import Claim, End, Fenced, Granted, Park, Wish, Work
 from protocol import TOTAL_MASK, Control, Refused
 
@@ -79,7 +79,7 @@ class SqlitePages:
         """Writes what a commit changes of sessions, `before` being the total before it; gives back
         the page as it is then.
 
-        Fenced where the page is not as it was left; sqlite3.Error, PageError.
+        Fenced where the page is not as it was left; sqlite3.Error.
         """
         if not self._has_tables:
             for statement in _TABLES:
@@ -151,7 +151,12 @@ class SqlitePages:
         if marks is None or marks[1] > page.number:
             self._page = _new_page()
             raise Fenced(mine)
-        kept = _records(db, page.writer)
+        try:
+            kept = _records(db, page.writer)
+        except PageError:
+            # A newer release has taken something out of it.
+            self._page = _new_page()
+            raise Fenced(mine) from None
         packed = {session_id: record.packed() for session_id, record in kept.items()}
         self._page = Page(page.writer, *marks, kept, packed)
         # Below: the file went back, and each client has to learn what was lost.
@@ -201,7 +206,11 @@ class _Change:
 
     def _claim(self, claim: Claim) -> Granted | Refused:
         hello = claim.hello
-        writer, record = self._find(hello.session_id)
+        try:
+            writer, record = self._find(hello.session_id)
+        except PageError:
+            # A newer release has it. That is no reason to hold up everybody else's commit.
+            return Refused.HELD
         if record is None:
             return self._open(claim) if hello.kind is Control.OPEN else Refused.UNKNOWN
         have = hello.value if hello.kind is Control.RESUME else 0

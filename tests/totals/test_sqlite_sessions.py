@@ -378,12 +378,23 @@ def test_a_disk_that_is_full_leaves_the_page_as_it_was(here: Writer, path: str) 
     assert here.claim(resuming(0)) == Granted(1, ((1, 3),))
 
 
-def test_a_page_of_a_newer_layout_is_not_written_over(here: Writer, path: str) -> None:
+NEWER = b"\x09\0\0\0\0"
+
+
+def test_what_a_newer_release_has_written_is_not_written_over(
+    here: Writer, there: Writer, path: str
+) -> None:
     here.claim(opening())
-    sql(path, "UPDATE session_page SET fence = 1, records = ?", b"\x09\0\0\0\0")
-    with pytest.raises(StoreAway, match="layout 9"):
+    sql(path, "UPDATE session_page SET fence = 1, records = ?", NEWER)
+    held = Claim(resuming(0))
+    # A plain peer's addition in the same commit is made.
+    assert there.do(held, amount=5) == 0
+    assert held.outcome is Refused.HELD
+    with pytest.raises(Fenced) as fenced:
         here.add(A, 1)
-    assert here.store.add(1) == 0
+    assert fenced.value.lost == {A}
+    assert here.do(Claim(opening(B)), amount=1) == 5
+    assert sql(path, "SELECT records FROM session_page WHERE fence = 1") == [(NEWER,)]
 
 
 # Room and age.
