@@ -255,7 +255,7 @@ class GroupCommit(Additions):
         # Wishes first: what was asked before one of them is committed with it, or was before.
         wishes = self._sessions.take()
         amount = self._waiting.take()
-        return Work(amount, self._sessions.of_sessions(self._waiting.shares()), wishes)
+        return Work(amount, self._waiting.shares(self._sessions.ids), wishes)
 
     def _ended(self, before: int | None, error: Exception | None) -> None:
         """A call to the store has ended; runs in the loop."""

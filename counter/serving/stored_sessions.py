@@ -24,8 +24,7 @@ from counter.processes.slots import (
 )
 from counter.serving.sessions import Member, Sessions
 from counter.serving.store_calls import raw_lock
-from counter.totals.session_store import Claim, End, Granted, Park, SessionShare, Wish
-from counter.turn.engine import Share
+from counter.totals.session_store import Claim, End, Granted, Park, Wish
 from protocol import Answer, Hello, encode_total
 
 _MOST_TAGS: Final = 2**32 - 1
@@ -56,7 +55,7 @@ class StoredSessions(Sessions):
         self._slot = slot
         self._timeout_s = timeout_s
         self._members: dict[int, Member] = {}  # by the ids of their sessions
-        self._ids: dict[int, int] = {}  # of sessions, by tag
+        self.ids: dict[int, int] = {}  # of sessions, by tag; to be read also by who takes
         self._last_tag = 0
         # Never replaced: it is taken from at its head while the loop appends.
         self._waiting: list[_Asked] = []
@@ -73,14 +72,14 @@ class StoredSessions(Sessions):
     @property
     def is_active(self) -> bool:
         """Whether the next commit may have to do with sessions."""
-        return bool(self._waiting or self._ids)
+        return bool(self._waiting or self.ids)
 
     def greet(self, member: Member, hello: Hello) -> None:
         self._claims[hello.session_id] += 1
         self._ask(_Asked(Claim(hello), member), member)
 
     def end(self, member: Member) -> None:
-        session_id = self._ids[member.tag]
+        session_id = self.ids[member.tag]
         if self._claims[session_id]:
             # It comes too late, the session goes on with another connection.
             member.give_way()
@@ -89,14 +88,14 @@ class StoredSessions(Sessions):
 
     def abandon(self, member: Member) -> None:
         tag, member.tag = member.tag, 0
-        session_id = self._ids[tag]
+        session_id = self.ids[tag]
         if self._members.get(session_id) is member:
             del self._members[session_id]
             self._let_go(session_id, tag, End(session_id))
 
     def leave(self, member: Member) -> None:
         self._forget_asked(member)
-        session_id = self._ids.get(member.tag)
+        session_id = self.ids.get(member.tag)
         if session_id is not None and self._members.get(session_id) is member:
             del self._members[session_id]
             self._let_go(session_id, member.tag, Park(session_id))
@@ -121,11 +120,6 @@ class StoredSessions(Sessions):
                 asked.is_taken = True
             return [asked.wish for asked in self._under_way if asked.wish is not None]
 
-    def of_sessions(self, shares: Iterable[Share]) -> list[SessionShare]:
-        """The same shares, with ids for tags."""
-        ids = self._ids
-        return [(ids[tag], frames, offset) for tag, frames, offset in shares]
-
     def finish(self) -> None:
         """The commit is made: acts upon what became of the wishes in it."""
         under_way, self._under_way = self._under_way, []
@@ -137,7 +131,7 @@ class StoredSessions(Sessions):
                 self._end_claim(wish, member)
             elif isinstance(wish, End) and member is not None:
                 self._end_session(wish, member)
-            self._ids.pop(asked.tag, None)
+            self.ids.pop(asked.tag, None)
 
     def put_back(self) -> None:
         """The commit was not made: what it held waits again, in front of what came since."""
@@ -204,7 +198,7 @@ class StoredSessions(Sessions):
     def _welcome(self, member: Member, session_id: int, granted: Granted) -> None:
         self._slot[SESSIONS_RESUMED if granted.applied else SESSIONS_OPENED] += 1
         tag = self._new_tag()
-        self._ids[tag] = session_id
+        self.ids[tag] = session_id
         self._members[session_id] = member
         self._end_wait(session_id, False)
         member.welcome(tag, Answer(granted.applied, self._limit, granted.runs))
@@ -213,7 +207,7 @@ class StoredSessions(Sessions):
         """Has the connection leave that had a session; nothing that it asks is committed then."""
         old = self._members.pop(session_id, None)
         if old is not None:
-            self._ids.pop(old.tag, None)
+            self.ids.pop(old.tag, None)
             old.give_way()
 
     def _end_session(self, end: End, member: Member) -> None:
@@ -261,5 +255,5 @@ class StoredSessions(Sessions):
     def _new_tag(self) -> int:
         while True:
             self._last_tag = self._last_tag % _MOST_TAGS + 1
-            if self._last_tag not in self._ids:
+            if self._last_tag not in self.ids:
                 return self._last_tag

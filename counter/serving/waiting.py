@@ -9,10 +9,12 @@ stays in what is under way.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from itertools import chain
 
 from counter.serving.store_calls import raw_lock
-from counter.turn.engine import KeptTurn, Share
+from counter.totals.session_store import SessionShare
+from counter.turn.engine import KeptTurn
 from protocol import TOTAL_MASK
 
 Asked = tuple[float, KeptTurn]  # since when, by time.monotonic()
@@ -52,14 +54,15 @@ class Waiting:
             del self._asked[:count]
         return sum([turn.amount for _, turn in self._under_way])
 
-    def shares(self) -> list[Share]:
-        """What sessions ask in the commit, with its sums. For the caller of the store."""
-        shares: list[Share] = []
+    def shares(self, ids: Mapping[int, int]) -> list[SessionShare]:
+        """What sessions ask in the commit, with its sums; `ids` has theirs by tag. For the caller of
+        the store."""
+        shares: list[SessionShare] = []
         before = 0
         for _, turn in self._under_way:
             if turn.tagged:
                 shares += [
-                    (tag, frames, (before + offset) & TOTAL_MASK)
+                    (ids[tag], frames, (before + offset) & TOTAL_MASK)
                     for tag, frames, offset in turn.shares()
                 ]
             before += turn.amount

@@ -27,11 +27,18 @@ _VERSION: Final = 1
 _HEAD: Final = struct.Struct("<BI")  # the layout's version, how many records
 # Id, window, applied, total, frames of the runs, their width, how many runs, and of this commit.
 _RECORD: Final = struct.Struct("<16sHQQIBHH")
+_pack_record: Final = _RECORD.pack
 _FRESH: Final = struct.Struct("<QQ")
 
 # Frames and rise of a run, in each width, and the largest that it holds of both.
 _RUNS: Final = (struct.Struct("<BH"), struct.Struct("<HI"), struct.Struct("<IQ"))
 _MOST: Final = ((0xFF, 0xFFFF), (0xFFFF, 0xFFFFFFFF), (0xFFFFFFFF, TOTAL_MASK))
+_WAYS: Final = tuple(
+    (layout.size, layout.unpack_from, layout.pack, *most)
+    for layout, most in zip(_RUNS, _MOST, strict=True)
+)
+
+_new: Final = tuple.__new__
 
 
 class PageError(ValueError):
@@ -58,21 +65,24 @@ class Record(NamedTuple):
         """The record after so many frames more, of one run with such a total behind it. Runs whose
         replies the client must have are left out."""
         session_id, window, applied, before, held, width, runs, fresh = self
-        size, first = _RUNS[width].size, _RUNS[width].unpack_from
-        answered = applied + frames - window
-        while runs and applied - held + (oldest := first(runs)[0]) <= answered:
+        size, first, pack_run, most_frames, most_rise = _WAYS[width]
+        was, applied = applied, applied + frames
+        # So many frames behind the oldest run's beginning are answered for certain.
+        answered = held + frames - window
+        while runs and (oldest := first(runs)[0]) <= answered:
+            answered -= oldest
             held -= oldest
             runs = runs[size:]
         # Nobody asks for the total in front of the oldest run.
         rise = (total - before) & TOTAL_MASK if runs else 0
-        most_frames, most_rise = _MOST[width]
         # Once a window, those that needed the width are gone.
-        is_due = width and (applied + frames) // window > applied // window
+        is_due = width and applied // window > was // window
         if is_due or frames > most_frames or rise > most_rise:
             width, runs = _refitted(width, runs, frames, rise)
-        runs += _RUNS[width].pack(frames, rise)
-        applied, held = applied + frames, held + frames
-        return Record(session_id, window, applied, total, held, width, runs, fresh)
+            pack_run = _WAYS[width][2]
+        runs += pack_run(frames, rise)
+        # As the constructor does, in a third of its time.
+        return _new(Record, (session_id, window, applied, total, held + frames, width, runs, fresh))
 
     def advance(self, frames: int, offset: int) -> Record:
         """The record with a run of the commit under way, which has such a sum up to it."""
@@ -102,9 +112,10 @@ class Record(NamedTuple):
     def packed(self) -> bytes:
         """Its bytes, as a page has them."""
         session_id, window, applied, total, held, width, runs, fresh = self
-        count, new = len(runs) // _RUNS[width].size, len(fresh) // _FRESH.size
+        count, new = len(runs) // _WAYS[width][0], len(fresh) // _FRESH.size
         key = session_id.to_bytes(16)
-        return _RECORD.pack(key, window, applied, total, held, width, count, new) + runs + fresh
+        data = _pack_record(key, window, applied, total, held, width, count, new) + runs
+        return data + fresh if fresh else data
 
 
 def _refitted(width: int, runs: bytes, frames: int, rise: int) -> tuple[int, bytes]:

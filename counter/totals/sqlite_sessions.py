@@ -86,16 +86,20 @@ class SqlitePages:
                 db.execute(statement)
         page, now = self._page, int(self._now())
         self._look(db)
-        records = dict(page.records)
+        records, packed = page.records.copy(), page.packed.copy()
         for session_id, frames, offset in work.shares:
-            total = (before + offset) & TOTAL_MASK
-            records[session_id] = records[session_id].after(frames, total)
+            record = records[session_id].after(frames, (before + offset) & TOTAL_MASK)
+            records[session_id] = record
+            packed[session_id] = record.packed()
         change = _Change(db, page.writer, records, now, self._most)
         if now - self._expired_at >= WORD_S:
             self._expired_at = now
             change.expire()
         change.grant(work.wishes)
-        packed = self._packed(records, work)
+        for session_id in {wish.session_id for wish in work.wishes}:
+            packed.pop(session_id, None)
+            if session_id in records:
+                packed[session_id] = records[session_id].packed()
         number, data = page.number + 1, join(list(packed.values()))
         if page.number:
             db.execute(_UPDATE_PAGE, (number, now, data, page.writer))
@@ -125,20 +129,6 @@ class SqlitePages:
             statement = "UPDATE session_page SET used_at = ? WHERE writer = ? AND fence = ?"
             db.execute(statement, (int(now), self._page.writer, self._page.fence))
             self._word_at = now
-
-    def _packed(self, records: dict[int, Record], work: Work) -> dict[int, bytes]:
-        """The bytes of the records of a page, made anew of those that a commit has changed."""
-        packed = self._page.packed.copy()
-        for session_id in {share[0] for share in work.shares}:
-            if session_id in records:
-                packed[session_id] = records[session_id].packed()
-        for wish in work.wishes:
-            session_id = wish.session_id
-            if session_id in records:
-                packed[session_id] = records[session_id].packed()
-            else:
-                packed.pop(session_id, None)
-        return packed
 
     def _look(self, db: sqlite3.Connection) -> None:
         """Fenced unless the page is as it was left; then what is there is this writer's page from

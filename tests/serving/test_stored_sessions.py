@@ -78,14 +78,14 @@ class FakeStore:
     def take(self, *tags: int) -> list[Wish]:
         """Begins a commit with a frame of each tag."""
         wishes = self.sessions.take()
-        self.frames = self.sessions.of_sessions([(tag, 1, 1) for tag in tags])
+        self.frames = [self.sessions.ids[tag] for tag in tags]
         return wishes
 
     def make(self, wishes: list[Wish]) -> None:
         """Makes the commit."""
-        for session_id, frames, _ in self.frames:
+        for session_id in self.frames:
             assert session_id in self.page, "a frame of a session that is not this writer's"
-            self.applied[session_id] += frames
+            self.applied[session_id] += 1
         for wish in wishes:
             if isinstance(wish, Claim):
                 wish.outcome, wish.evicted = self.claim(wish), self.evicts
@@ -137,7 +137,7 @@ def store(sessions: StoredSessions) -> Iterator[FakeStore]:
     for _ in range(3):
         store.commit()
     assert set(sessions._members) == store.page
-    assert set(sessions._ids.values()) == store.page
+    assert set(sessions.ids.values()) == store.page
     assert not sessions._claims
     assert not len(sessions)
     assert sessions.is_active == bool(store.page)
@@ -522,7 +522,7 @@ def test_whatever_happens_frames_are_of_sessions_that_are_there(
         crowd.begin()
     crowd.end_commit(0)
     sessions = crowd.sessions
-    assert set(sessions._members) == crowd.store.page == set(sessions._ids.values())
+    assert set(sessions._members) == crowd.store.page == set(sessions.ids.values())
     assert not sessions._claims
     assert not sessions._orphans
     assert not sessions._asking
