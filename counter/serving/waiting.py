@@ -55,8 +55,10 @@ class Waiting:
         return sum([turn.amount for _, turn in self._under_way])
 
     def shares(self, ids: Mapping[int, int]) -> list[SessionShare]:
-        """What sessions ask in the commit, with its sums; `ids` has theirs by tag. For the caller of
-        the store."""
+        """What sessions ask in the commit, with its sums; `ids` has theirs by tag.
+
+        For the caller of the store.
+        """
         shares: list[SessionShare] = []
         before = 0
         for _, turn in self._under_way:
