@@ -9,7 +9,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gevent
 import pytest
@@ -267,3 +269,35 @@ def test_a_drain_answers_no_hello_and_an_end_that_waits_is_not_waited_for(
         assert not is_open(process, waiting)
     assert process.host.slot[REQUESTS] == 0
     assert os.path.exists(path)
+
+
+def test_what_comes_behind_an_end_is_not_added_and_hinders_nobody(
+    process: Process, path: str
+) -> None:
+    peer, _ = process.welcome(opening(1))
+    other, _ = process.welcome(opening(2))
+    with held(path):
+        peer.sendall(encode_control(Control.END, 0))
+        process.until(lambda: bool(process.sessions._asking), "the end waits")
+        peer.sendall(encode_frame(7) * 3)
+        for _ in range(20):
+            process.turn()
+    process.until(lambda: holds(peer, 8), "it is answered")
+    assert totals(peer, 1) == [0]
+    assert process.add(other, 1) == [1]
+    assert process.host.refusals == []
+
+
+def test_wishes_are_taken_before_frames(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The other way round an end could be committed before a frame that was asked before it.
+    order: list[str] = []
+
+    def note(what: str, take: Callable[[], Any]) -> Any:
+        order.append(what)
+        return take()
+
+    for what, part in (("wishes", process.sessions), ("frames", process.group._waiting)):
+        monkeypatch.setattr(part, "take", partial(note, what, part.take))
+    peer, _ = process.welcome(opening())
+    process.add(peer, 1)
+    assert order[:2] == ["wishes", "frames"]
