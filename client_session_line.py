@@ -384,7 +384,8 @@ class SessionLine(Line):
                 raise NoRoom(f"{where}: {full}; {remedy}") from error
             if unanswered_opens >= UNANSWERED_OPENS:
                 ends = "the server ends every connection that begins with a session"
-                remedy = f"update it, or leave session=True out; {IS_IT_ONE}"
+                why = "an old one, one with --sessions 0, or one whose store keeps none does"
+                remedy = f"{why}; leave session=True out, or use another; {IS_IT_ONE}"
                 raise SessionsUnsupported(f"{where}: {ends}; {remedy}") from error
             if isinstance(error, OSError) and _is_hopeless(error):
                 raise error
