@@ -34,7 +34,7 @@ try:
         explain,
         shown,
     )
-    from client_session import SessionFile, SessionState, Settled, StateError
+    from client_session import Pending, SessionFile, SessionState, Settled, StateError
     from client_session_line import (
         AcknowledgedLost,
         NoRoom,
@@ -306,13 +306,89 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives back its exit code."""
     from counter.load.command import Library, run
 
-    return run(arguments, Library(_add, ConnectError, OutcomeUnknown, explain, IS_IT_ONE))
+    files = (StateError, StateNotSaved)
+    errors = (ConnectError, files, CounterError)
+    return run(arguments, Library(_add, _add_of_file, *errors, explain, IS_IT_ONE))
 
 
 def _add(address: str, timeout_s: float, tls: ssl.SSLContext | None, amount: int) -> int:
     # The command takes a timeout of a year, which no socket does.
     with CounterClient(address, min(timeout_s, MAX_TIMEOUT_S), tls) as counter:
         return counter.add(amount)
+
+
+_OF_FILE: Final = "client.py --add at "  # how a session file names its addition, before the address
+
+
+def _add_of_file(
+    address: str, timeout_s: float, tls: ssl.SSLContext | None, amount: int, path: str
+) -> int:
+    """The total right after the one addition that a file is, which is counted unless it was.
+
+    The file is empty until a server has opened the session, tells of the addition as pending before
+    its frame is sent, and as settled before the session is ended. StateError and StateNotSaved if
+    the file is why nothing was sent; ConnectError; any other CounterError leaves the addition to
+    the next command with this file.
+    """
+    try:
+        file = SessionFile(path)
+    except OSError as error:
+        raise StateError(f"{path}: {error.strerror}; name a file that can be written") from error
+    with file:
+        if file.state is not None:
+            _check_it_is(file.state, address, amount, path)
+            if file.state.settled:
+                return file.state.settled[0].total
+        try:
+            return _count_once(file, address, min(timeout_s, MAX_TIMEOUT_S), tls, amount)
+        except StillPending as error:
+            why = str(error).partition(";")[0]
+            remedy = f"the same command finds out whether {amount} was counted"
+            raise CounterError(f"{why}; {remedy}, and counts it once") from error
+        except OutcomeUnknown as error:
+            remedy = f"{path} never adds it again; a new addition is a new file"
+            raise CounterError(f"{error}; {remedy}") from error
+        except SessionsUnsupported as error:
+            words = str(error).replace("session=True", "--sessionFile")
+            raise SessionsUnsupported(words) from error
+
+
+def _check_it_is(state: SessionState, address: str, amount: int, path: str) -> None:
+    """StateError unless a state tells of this addition and of nothing else."""
+    told: list[Pending | Settled] = [*state.pending, *state.settled]
+    if len(told) != 1 or not told[0].name.startswith(_OF_FILE):
+        raise StateError(f"{path}: the session of another program; name another file")
+    kept, where = told[0].amount, told[0].name.removeprefix(_OF_FILE)
+    if (where, kept) != (address, amount):
+        is_of = f"is the addition of {kept} at {where}"
+        wanted = f"not of {amount} at {address}"
+        raise StateError(f"{path}: {is_of}, {wanted}; a new addition is a new file")
+
+
+def _count_once(
+    file: SessionFile, address: str, timeout_s: float, tls: ssl.SSLContext | None, amount: int
+) -> int:
+    """Begins the addition of a new file, or goes on with it; gives back its total."""
+
+    def keep(state: SessionState) -> None:
+        # A session that takes the place of a lost one knows nothing of the addition: the file does.
+        if state.pending or state.settled:
+            file.save(state)
+
+    before = file.state
+    with CounterClient(address, timeout_s, tls, before or True, keep) as counter:
+        if before is None:
+            total = counter.add(amount, name=_OF_FILE + address)
+        else:
+            total = counter.settle(timeout_s)[0].total
+        assert counter.session is not None
+        try:
+            file.save(counter.session.state)
+        except OSError as error:
+            why = f"the total was not kept: {error.strerror}"
+            remedy = "the same command tells it again"
+            raise CounterError(f"{why}; it was: {total}; {remedy}") from error
+        return total
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 import struct
 import weakref
 from collections import deque
@@ -321,16 +322,19 @@ class SessionFile:
 
     It is locked until close(), or the end of the process; a forked child does not have it.
     StateError if another has it, or if it is the state of no session; OSError. `state` is what it
-    had, None of a new one.
+    had, None of a new one. A link stays one: the file that it leads to is meant.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = os.path.abspath(path)
+        self._path = os.path.realpath(path)
         self._fd = _locked(self._path)
         _files.add(self)
         try:
             text = os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode(errors="replace")
             self.state = SessionState.from_text(text) if text else None
+        except StateError as error:
+            self.close()
+            raise StateError(f"{self._path}: {error}") from error
         except BaseException:
             self.close()
             raise
@@ -339,6 +343,15 @@ class SessionFile:
         """Puts a state in the place of the one before, whole or not at all; it is on the disk when
         this returns. OSError."""
         beside = f"{self._path}.{os.getpid()}.new"
+        folder = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._replace(beside, state)
+            os.fsync(folder)  # the new name is on the disk too
+        finally:
+            os.close(folder)
+
+    def _replace(self, beside: str, state: SessionState) -> None:
+        """Writes a state into a new file, and gives that the name."""
         fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)  # before others can find it under its name
@@ -354,7 +367,6 @@ class SessionFile:
         os.close(self._fd)
         self._fd = fd
         self.state = state
-        _sync_folder(os.path.dirname(self._path))
 
     def close(self) -> None:
         """Lets others have the file."""
@@ -384,8 +396,12 @@ os.register_at_fork(after_in_child=_close_in_child)
 def _locked(path: str) -> int:
     """A descriptor of the file that has this name, with its lock; StateError if that is taken."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Nothing that it may be is waited for: a pipe, a terminal.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        fd = os.open(path, flags, 0o600)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise StateError(f"{path}: a device or a pipe keeps no session; name a file")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.stat(path)):
@@ -397,13 +413,4 @@ def _locked(path: str) -> int:
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)
-
-
-def _sync_folder(folder: str) -> None:
-    """Has a new name be on the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
         os.close(fd)

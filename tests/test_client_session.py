@@ -398,9 +398,31 @@ def test_a_child_that_lives_on_does_not_keep_the_file(tmp_path: Path) -> None:
 def test_a_file_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "letter"
     path.write_bytes(b"Dear \xff")
-    with pytest.raises(StateError):
+    with pytest.raises(StateError, match=f"^{path}: no state of a session"):
         SessionFile(path)
     assert path.read_bytes() == b"Dear \xff"
+
+
+def test_a_link_and_the_file_that_it_leads_to_are_one(tmp_path: Path) -> None:
+    path, link = tmp_path / "state", tmp_path / "link"
+    link.symlink_to("state")
+    with SessionFile(link) as file:
+        file.save(SessionState(1, 64))
+        with pytest.raises(StateError, match="another process has this session"):
+            SessionFile(path)
+    assert link.is_symlink()
+    with SessionFile(path) as file:
+        assert file.state == SessionState(1, 64)
+
+
+def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(StateError, match="name a file"):
+        SessionFile(pipe)
+    assert pipe.is_fifo()
+    with pytest.raises(IsADirectoryError):
+        SessionFile(tmp_path)
 
 
 def test_a_state_that_cannot_be_written_leaves_the_one_before(

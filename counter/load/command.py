@@ -36,8 +36,11 @@ class Library:
 
     # The total after one addition: address, timeout in seconds, TLS context, amount.
     add: Callable[[str, float, ssl.SSLContext | None, int], int]
+    # The same of the one addition that a file is, which is the last argument.
+    add_of_file: Callable[[str, float, ssl.SSLContext | None, int, str], int]
     connect_error: type[Exception]  # nothing was sent
-    outcome_unknown: type[Exception]
+    file_errors: tuple[type[Exception], ...]  # nothing was sent, and the file is why
+    counter_error: type[Exception]  # any other: an outcome is unknown, or was not kept
     explain: Callable[[OSError | UnicodeError, str, int], str]  # a failure to connect
     is_it_one: str  # what to ask oneself where a peer does not answer as a server
 
@@ -64,17 +67,24 @@ def _obey(arguments: Sequence[str] | None, library: Library) -> int:
     for warning in unknown_variables(ClientSettings):
         logging.getLogger("client").warning(warning)
     if settings.read or settings.add is not None:
-        return _ask_once(settings, settings.add or 0, library)
+        return _ask_once(settings, library)
     return _load(settings, library)
 
 
-def _ask_once(settings: ClientSettings, amount: int, library: Library) -> int:
+def _ask_once(settings: ClientSettings, library: Library) -> int:
+    address, timeout_s = str(settings.server_address), settings.timeout_s
+    amount, path = settings.add or 0, settings.session_file
     try:
         tls = _tls_context(settings)
-        total = library.add(str(settings.server_address), settings.timeout_s, tls, amount)
+        if path is None:
+            total = library.add(address, timeout_s, tls, amount)
+        else:
+            total = library.add_of_file(address, timeout_s, tls, amount, path)
     except library.connect_error as error:
         return _fail(str(error), EXIT_CANNOT_CONNECT)
-    except library.outcome_unknown as error:
+    except library.file_errors as error:
+        return _fail(str(error), EXIT_USAGE)
+    except library.counter_error as error:
         return _fail(str(error), EXIT_ERRORS)
     try:
         write_result(f"{total}\n")

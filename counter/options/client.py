@@ -45,6 +45,7 @@ class ClientSettings(Settings):
   python client.py --duration 10s --verify          prove that every total was right
   python client.py --html run.html --threshold 'p99<5ms' --threshold 'rps>50000'
   python client.py --add 5                          add 5, print the total
+  python client.py --add 5 --sessionFile job-17     the same, once however often it is run
   python client.py --read                           print the total
 """
 
@@ -165,6 +166,14 @@ class ClientSettings(Settings):
         metavar="ENGINE",
     )
     add: int | None = option("--add", _ONCE, "add N once and print the total", parse=parse_whole(0))
+    session_file: str | None = option(
+        "--sessionFile",
+        _ONCE,
+        "with --add: this file is the one addition, which the same command after any failure, or "
+        "after none, counts once; a new addition is a new file",
+        parse=parse_path,
+        metavar="FILE",
+    )
     read: bool = option(
         "--read",
         _ONCE,
@@ -241,6 +250,8 @@ class ClientSettings(Settings):
         """As Settings has it."""
         if self.read and self.add is not None:
             return "--add and --read exclude each other; give one of them"
+        if self.session_file is not None and self.add is None:
+            return "--sessionFile needs --add; the file is one addition"
         if self.tls_key and not self.tls_cert:
             return "--tlsKey needs --tlsCert"
         if self.read or self.add is not None:
