@@ -371,7 +371,7 @@ def _count_once(
     """Begins the addition of a new file, or goes on with it; gives back its total."""
 
     def keep(state: SessionState) -> None:
-        # A session that takes the place of a lost one knows nothing of the addition: the file does.
+        # A state that tells of no addition takes no place: of none begun, or of one that is lost.
         if state.pending or state.settled:
             file.save(state)
 

@@ -284,11 +284,13 @@ def test_a_command_whose_time_is_over_is_finished_by_the_next(tmp_path: Path) ->
         assert add(server.address, file) == (0, "5\n", "")
 
 
-def test_an_amount_above_the_limit_is_not_counted(tmp_path: Path) -> None:
+def test_an_amount_above_the_limit_is_not_counted_and_begins_nothing(tmp_path: Path) -> None:
     with ServerCommand("--maxIncrement", "4") as server:
-        code, said, why = add(server.address, tmp_path / "file")
-        assert (code, said) == (5, "")
-        assert "amount 5 is above the server's limit of 4" in why
+        for _ in range(2):
+            code, said, why = add(server.address, tmp_path / "file")
+            assert (code, said) == (5, "")
+            assert "amount 5 is above the server's limit of 4" in why
+            assert not (tmp_path / "file").read_bytes()
         assert server.stop()[0] == 0
 
 
