@@ -22,7 +22,7 @@ TURN := $(wildcard counter/turn/*.[ch]) $(addprefix counter/turn/,pyproject.toml
 SANITIZED := $(abspath $(VENV)/sanitized-$(VERSION))
 SANITIZE ?= tests/turn tests/load/test_load_engines.py
 DURATION ?= 10s
-CHAOS ?= killing or durability or test_hostile or test_fuzz or test_proof or test_ledger or test_sessions or second_cut
+CHAOS ?= killing or durability or test_hostile or test_fuzz or test_proof or test_ledger or test_sessions or second_cut or any_byte
 
 .PHONY: demo test quick lint types bench chaos sanitize clean
 
