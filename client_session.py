@@ -334,7 +334,7 @@ class SessionFile:
             self.state = SessionState.from_text(text) if text else None
         except StateError as error:
             self.close()
-            raise StateError(f"{self._path}: {error}") from error
+            raise StateError(f"{self._path}: {error}; name another file") from error
         except BaseException:
             self.close()
             raise

@@ -931,11 +931,11 @@ def main() -> int:
         help="for what has to come (%(default)s)",
     )
     options = parser.parse_args()
+    host, port = options.address
     try:
-        host, port = options.address
         return judge_all(Judge(host, port, options.patience, options.large), options.sessions)
     except (CannotTell, OSError) as error:
-        print(f"conformance.py cannot tell: {error}", file=sys.stderr)
+        print(f"conformance.py cannot tell of {host}:{port}: {error}", file=sys.stderr)
         return 2
 
 

@@ -94,9 +94,12 @@ class ServerCollector(Collector):
         status, slots = self._status, self._status.slots
         sessions = status.sessions()
         gauges = {
-            "counter_sessions": ("Sessions that are kept.", sessions["kept"]),
+            "counter_sessions": (
+                "Sessions that are kept beside a total in memory; 0 with a store.",
+                sessions["kept"],
+            ),
             "counter_sessions_connected": (
-                "Sessions that have a connection.",
+                "Those of them that have a connection; 0 with a store.",
                 sessions["connected"],
             ),
             "counter_connections": (
